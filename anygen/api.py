@@ -1,0 +1,233 @@
+"""`AnyGen`: media in, media out.
+
+model = AnyGen.from_pretrained()
+model.generate(text="a red apple", output="image").images[0].save("apple.png")
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from anygen._version import __version__
+from anygen.bundle import Bundle, load_bundle
+from anygen.documents import Segment
+from anygen.errors import InputError
+from anygen.grammar import Grammar
+from anygen.request import Request
+from anygen.results import (
+    Event,
+    Finished,
+    Output,
+    Sample,
+    SegmentFinished,
+    SegmentProgress,
+    SegmentStarted,
+    TextDelta,
+)
+from anygen.sampling.engine import Engine
+from anygen.sampling.sampler import SampleState, sample
+from anygen.sequence import Sequencer
+from tokenizers_mm.codes import Codes
+
+_TEXT_BUDGET = 256
+_FREE_BUDGET = 1024
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _with_signature_of_request(method: Method) -> Method:
+    """Show the fields of `Request` as the keyword arguments that they are, in help() and completion."""
+    own = inspect.signature(method)
+    fields = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+        for f in dataclasses.fields(Request)
+    ]
+    method.__signature__ = own.replace(parameters=[own.parameters["self"], *fields])  # type: ignore[attr-defined]
+    return method
+
+
+class AnyGen:
+    """A model with its tokenizers, ready to generate."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.bundle = bundle
+        self.sequencer = Sequencer(bundle.vocabulary, bundle.layout)
+        self.grammar = Grammar(self.sequencer)
+        self.engine = Engine(bundle.model)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path | None = None, *, device: str = "auto") -> AnyGen:
+        """Open a bundle; None opens the one that comes with the package.
+
+        Raises:
+            InputError: no such folder.
+            CheckpointError: not a bundle, or a damaged one.
+        """
+        return cls(load_bundle(folder, device=device))
+
+    @_with_signature_of_request
+    def generate(self, **arguments: Any) -> Output:
+        """Generate; see `anygen.request.Request` for the arguments.
+
+        >>> model = AnyGen.from_pretrained()
+        >>> model.generate(text="a red apple", output="image").image.size
+        (64, 64)
+
+        Raises:
+            InputError: an argument that cannot be used, by name.
+            TypeError: an unknown argument.
+        """
+        return self.generate_batch([Request.of(arguments)])[0]
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Output]:
+        """Several requests in one batch; each answer is what it would be alone."""
+        states = [self._states(request) for request in requests]
+        for _ in sample(self.engine, [state for group in states for state in group]):
+            pass
+        return [
+            Output(tuple(self._sample(request, state) for state in group))
+            for request, group in zip(requests, states, strict=True)
+        ]
+
+    @_with_signature_of_request
+    def stream(self, **arguments: Any) -> Iterator[Event | Finished]:
+        """Generate, step by step: segments begun, text as it comes, progress of pictures and sounds, segments whole.
+
+        The last event is `Finished` with the same output that `generate` gives. Closing the iterator stops the work.
+        """
+        request = Request.of(arguments)
+        states = self._states(request)
+        trackers = [_Tracker(self, index) for index in range(len(states))]
+        for pairs in sample(self.engine, states):
+            for index, id in pairs:
+                yield from trackers[index].push(id, states[index])
+        yield Finished(Output(tuple(self._sample(request, state) for state in states)))
+
+    def _states(self, request: Request) -> list[_State]:
+        if request.decoder != "codes":
+            raise InputError(
+                f"decoder={request.decoder!r}: this bundle carries "
+                f"{', '.join(self.bundle.renderers) or 'no diffusion decoders'}; use decoder='codes'"
+            )
+        tokenizers, layout = self.bundle.tokenizers, self.bundle.layout
+        for segment in request.inputs:
+            if segment.modality not in tokenizers:
+                raise InputError(
+                    f"this model takes no {segment.modality} input; it takes {', '.join(sorted(tokenizers))}"
+                )
+        document = request.document().encode(tokenizers)
+        plan = request.plan(
+            layout,
+            self.bundle.vocabulary.modalities,
+            patch_px=tokenizers["image"].config.patch_px if "image" in tokenizers else 1,  # type: ignore[attr-defined]
+            frame_rate_hz=(tokenizers["audio"].rate_hz if "audio" in tokenizers else None) or 1.0,
+        )
+        prompt = self.sequencer.prompt(document)
+        dropped = self.sequencer.prompt(document, drop_inputs=True) if document.segments else None
+        room = self.engine.max_positions - len(prompt)
+        if room < self.grammar.smallest_budget(plan):
+            raise InputError(
+                f"the input takes {len(prompt)} of this model's {self.engine.max_positions} positions, too many for an "
+                "answer: shorten it"
+            )
+        budget = request.max_new_tokens or min(self._default_budget(plan), room)
+        options = request.options(self.bundle.defaults)
+        return [
+            _State(prompt, dropped, self.grammar.start(plan, budget), options, generator, seed=seed)
+            for generator, seed in request.generators()
+        ]
+
+    def _default_budget(self, plan: Any) -> int:
+        if plan.free:
+            return _FREE_BUDGET
+        costs = {
+            "text": _TEXT_BUDGET,
+            "audio": self.bundle.layout.max_frames * self.sequencer.orders["audio"].num_kept + 4,
+        }
+        return 1 + sum(
+            costs[b.modality] if b.modality in costs and b.shape is None else self.grammar.native_num_body(b) + 2
+            for b in plan.blocks
+        )
+
+    def _sample(self, request: Request, state: _State) -> Sample:
+        control = self.bundle.vocabulary.control
+        parsed = self.sequencer.parse(np.array([control("target"), *state.ids]))
+        assert parsed.complete, f"the grammar let through what parse refuses: {parsed.problem}"
+        provenance = {
+            "anygen": __version__,
+            "torch": str(torch.__version__),
+            "bundle": dict(self.bundle.provenance).get("name", self.bundle.folder.name),
+            "vocabulary": self.bundle.vocabulary.fingerprint,
+            "request": request.describe(),
+        }
+        return Sample(
+            parsed.document.decode(self.bundle.tokenizers).segments, state.seed, "eos", tuple(state.ids), provenance
+        )
+
+    def decode(self, codes: Codes) -> Any:
+        """Codes of any modality to media."""
+        return self.bundle.tokenizers[codes.modality].decode(codes)
+
+
+@dataclass
+class _State(SampleState):
+    seed: int | None = None
+
+
+class _Tracker:
+    """Turns the ids of one sample into events."""
+
+    def __init__(self, model: AnyGen, index: int) -> None:
+        self._model, self._index = model, index
+        self._start: int | None = None
+        self._text = ""
+
+    def push(self, id: int, state: SampleState) -> Iterator[Event]:
+        walk = state.walk
+        if self._start is None:
+            if walk.modality is not None:
+                self._start, self._text = len(state.ids) - 1, ""
+                yield SegmentStarted(self._index, walk.modality)
+        elif walk.modality is None:
+            block = state.ids[self._start :]
+            self._start = None
+            segment = self._finished(block)
+            if segment.modality == "text" and len(str(segment.content)) > len(self._text):
+                yield TextDelta(self._index, str(segment.content)[len(self._text) :])
+            yield SegmentFinished(self._index, segment)
+        elif walk.modality == "text":
+            yield from self._text_delta(state.ids[self._start + 1 :])
+        elif walk.num_written:
+            yield SegmentProgress(self._index, walk.num_written, walk.num_codes)
+
+    def _text_delta(self, ids: list[int]) -> Iterator[Event]:
+        text = self._model.decode(Codes(np.array([ids]), "text")).rstrip("\ufffd")  # half a character is held back
+        if len(text) > len(self._text):
+            yield TextDelta(self._index, text[len(self._text) :])
+            self._text = text
+
+    def _finished(self, block: list[int]) -> Segment:
+        vocabulary = self._model.bundle.vocabulary
+        parsed = self._model.sequencer.parse(
+            np.array([vocabulary.control("target"), *block, vocabulary.control("eos")])
+        )
+        return parsed.document.decode(self._model.bundle.tokenizers).segments[0]
+
+
+@functools.lru_cache(maxsize=1)
+def default_model() -> AnyGen:
+    """The embedded model, opened once."""
+    return AnyGen.from_pretrained()
+
+
+def generate(**arguments: Any) -> Output:
+    """`AnyGen.generate` on the embedded model."""
+    return default_model().generate(**arguments)

@@ -1,0 +1,182 @@
+"""A bundle: one directory that is everything, weights, vocabulary, tokenizers and defaults.
+
+    config.json, model.safetensors     a plain Qwen3 checkpoint: transformers, vLLM and others open it as it is
+    anygen.json                        format, vocabulary manifest, layout, sampling defaults, provenance
+    tokenizers/{text,image,audio}/     tokenizers/audio is a transformers.EncodecModel
+    decoders/*/                        optional diffusion renderers
+    README.md, manifest.json           model card; sha256 of every file
+
+safetensors and JSON only; nothing in a bundle chooses which code runs.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from anygen.documents import Tokenizers
+from anygen.errors import CheckpointError, InputError
+from anygen.files import publishing, read_json, verify, write_json
+from anygen.layout import Layout
+from anygen.sampling.choose import SamplingOptions
+from anygen.vocabulary import Vocabulary
+from decoders import list_renderers
+from tokenizers_mm import compat  # noqa: F401  before transformers
+from tokenizers_mm.audio import AudioTokenizer
+from tokenizers_mm.codes import Modality
+from tokenizers_mm.image import ImageTokenizer
+from tokenizers_mm.regions import RegionTokenizer
+from tokenizers_mm.text import TextTokenizer
+
+FORMAT = 1
+ANYGEN_JSON = "anygen.json"
+MAX_SHARD = "14MB"
+_BROKEN = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle."""
+
+    folder: Path
+    model: Any
+    """A `Qwen3ForCausalLM`, fp32."""
+    vocabulary: Vocabulary
+    layout: Layout
+    tokenizers: Tokenizers
+    defaults: Mapping[str, SamplingOptions]
+    """Sampling options by modality, and for `control` ids."""
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    renderers: tuple[str, ...] = ()
+    """Names of the diffusion decoders it carries."""
+
+
+def default_bundle() -> Path:
+    """The bundle embedded in the package.
+
+    Raises:
+        CheckpointError: this installation was built without it.
+    """
+    path = Path(str(importlib.resources.files("anygen"))) / "bundles" / "nano"
+    if not (path / ANYGEN_JSON).is_file():
+        raise CheckpointError(f"this installation holds no embedded bundle ({path}); pass the path of one")
+    return path
+
+
+def save_bundle(
+    folder: Path,
+    *,
+    model: Any,
+    vocabulary: Vocabulary,
+    layout: Layout,
+    tokenizers: Tokenizers,
+    defaults: Mapping[str, SamplingOptions],
+    provenance: Mapping[str, Any],
+    card: str,
+) -> None:
+    """Publish a bundle atomically; weights are written as bf16, in shards that git hosts accept."""
+    vocabulary.check(tokenizers)
+    with publishing(folder) as temporary:
+        model.to(torch.bfloat16).save_pretrained(temporary, max_shard_size=MAX_SHARD)
+        for modality in ("text", "image", "audio"):
+            if modality in tokenizers:
+                tokenizers[modality].save(temporary / "tokenizers" / modality)  # type: ignore[attr-defined,index]
+        write_json(
+            temporary / ANYGEN_JSON,
+            {
+                "format": FORMAT,
+                "vocabulary": vocabulary.manifest(),
+                "layout": layout.to_json(),
+                "defaults": {name: options.to_json() for name, options in defaults.items()},
+                "provenance": dict(provenance),
+            },
+        )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bundle:
+    """Open and check a bundle; None opens the embedded one.
+
+    Raises:
+        InputError: the path does not exist.
+        CheckpointError: not a bundle, of another format, damaged, or its parts do not belong together.
+    """
+    path = default_bundle() if folder is None else Path(folder)
+    if not path.is_dir():
+        raise InputError(f"there is no bundle at {path}")
+    if not (path / ANYGEN_JSON).is_file():
+        raise CheckpointError(f"{path} is not a bundle: it has no {ANYGEN_JSON}")
+    verify(path)
+    facts = read_json(path / ANYGEN_JSON)
+    try:
+        if facts["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has bundle format {facts['format']!r}; this version of anygen reads {FORMAT}"
+            )
+        vocabulary = Vocabulary.from_manifest(facts["vocabulary"])
+        layout = Layout.from_json(facts["layout"])
+        defaults = {str(name): SamplingOptions(**options) for name, options in facts["defaults"].items()}
+        provenance = dict(facts["provenance"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path / ANYGEN_JSON} is broken: {type(error).__name__}: {error}") from error
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    tokenizers = load_tokenizers(path / "tokenizers", vocabulary, target)
+    vocabulary.check(tokenizers)
+    model = _load_model(path, vocabulary).to(target)
+    return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, list_renderers(path / "decoders"))
+
+
+def load_tokenizers(folder: Path, vocabulary: Vocabulary, device: torch.device) -> Tokenizers:
+    """The tokenizers of every modality that the vocabulary has."""
+    tokenizers: dict[Modality, Any] = {"text": TextTokenizer.load(folder / "text")}
+    if "image" in vocabulary.modalities:
+        tokenizers["image"] = ImageTokenizer.load(folder / "image").to(device)
+    if "audio" in vocabulary.modalities:
+        tokenizers["audio"] = AudioTokenizer.load(folder / "audio").to(device)
+    if "region" in vocabulary.modalities:
+        tokenizers["region"] = RegionTokenizer(vocabulary.range("region").size)
+    return tokenizers
+
+
+def _load_model(path: Path, vocabulary: Vocabulary) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config_json = read_json(path / "config.json")
+    if not isinstance(config_json, dict) or config_json.get("model_type") != "qwen3" or "auto_map" in config_json:
+        raise CheckpointError(f"{path / 'config.json'} is not of a plain Qwen3 model")
+    if config_json.get("vocab_size") != vocabulary.size:
+        raise CheckpointError(
+            f"the model has {config_json.get('vocab_size')} ids, its vocabulary {vocabulary.size}: not of one bundle"
+        )
+    try:
+        model, report = Qwen3ForCausalLM.from_pretrained(
+            path,
+            config=Qwen3Config.from_dict(config_json),
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except _BROKEN as error:
+        raise CheckpointError(f"the model in {path} cannot be read: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"] or report["mismatched_keys"] or report["unexpected_keys"]:
+        raise CheckpointError(f"the weights in {path} do not fit its config.json")
+    return model.eval().requires_grad_(False)

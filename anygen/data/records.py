@@ -1,0 +1,189 @@
+"""Records on disk: WebDataset tar shards, written deterministically, read by random access and never extracted.
+
+A record is everything that says the same thing: a picture, captions, spoken utterances, placed objects, questions. In
+a shard it is `{key}.json` (captions and the rest), `{key}.png` (or .jpg, .webp) and one `{key}.{voice}.flac` (or
+.wav, .ogg) an utterance. Shards of other tools are read as they are: `{key}.txt` is a caption, `{key}.wav` an
+utterance of that text.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from anygen.errors import DataError
+from tokenizers_mm.media import Audio, Region, load_sound
+
+PICTURE_TYPES = ("png", "jpg", "jpeg", "webp")
+SOUND_TYPES = ("flac", "wav", "ogg")
+MAX_MEMBER_BYTES = 50 * 2**20
+MAX_MEMBERS = 1_000_000
+_MEMBER = re.compile(
+    r"^(?:\./)?(?P<key>[\w-]{1,200})\.(?P<field>(?:[\w+:-]{1,80}\.)?(?P<type>png|jpg|jpeg|webp|flac|wav|ogg|txt|json))$"
+)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One spoken text; the sound is encoded (FLAC, WAV or OGG)."""
+
+    text: str
+    voice: str
+    sound: bytes = field(repr=False)
+
+    def audio(self, rate_hz: int) -> Audio:
+        """The sound, decoded and resampled."""
+        return load_sound(self.sound, rate_hz=rate_hz)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that says the same thing, in every modality that is there."""
+
+    key: str
+    kind: str = "pair"
+    """`emoji`, `scene` or, for a user's own data, `pair`."""
+    captions: tuple[str, ...] = ()
+    picture: bytes | None = field(default=None, repr=False)
+    utterances: tuple[Utterance, ...] = ()
+    objects: tuple[tuple[str, Region], ...] = ()
+    """(name, box) of what is in the picture."""
+    questions: tuple[tuple[str, str], ...] = ()
+    """(question, answer) about the picture."""
+
+
+def write_shard(path: Path, records: Iterable[Record]) -> int:
+    """Write records into one tar, byte for byte the same each time; returns how many."""
+    count = 0
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for record in records:
+            for name, data in _members(record):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+            count += 1
+    return count
+
+
+def _members(record: Record) -> Iterator[tuple[str, bytes]]:
+    facts: dict[str, Any] = {
+        "kind": record.kind,
+        "captions": record.captions,
+        "utterances": [{"text": u.text, "voice": u.voice} for u in record.utterances],
+        "objects": [{"name": name, "region": region.values} for name, region in record.objects],
+        "questions": record.questions,
+    }
+    yield f"{record.key}.json", json.dumps(facts, ensure_ascii=False).encode()
+    if record.picture is not None:
+        yield f"{record.key}.{_picture_type(record.picture)}", record.picture
+    for utterance in record.utterances:
+        yield f"{record.key}.{utterance.voice}.flac", utterance.sound
+
+
+def _picture_type(data: bytes) -> str:
+    if data.startswith(b"\x89PNG"):
+        return "png"
+    return "webp" if data[8:12] == b"WEBP" else "jpg"
+
+
+class RecordStore:
+    """Records of several tar shards, by index. Members are read where they lie; nothing is ever unpacked to disk.
+
+    Raises:
+        DataError: a shard is missing, broken, or holds what a shard must not (links, devices, odd names, too much).
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.paths = sorted(paths)
+        if not self.paths:
+            raise DataError("no record shards (*.tar) were found")
+        self._entries: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
+        for path in self.paths:
+            self._entries += [(path, key, members) for key, members in _index(path).items()]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def keys(self) -> list[str]:
+        """The key of every record, in order."""
+        return [key for _, key, _ in self._entries]
+
+    def has_picture(self, index: int) -> bool:
+        """True where a record has a picture; reads nothing."""
+        return any(name.split(".")[-1] in PICTURE_TYPES for name in self._entries[index][2])
+
+    def num_sounds(self, index: int) -> int:
+        """Utterances of a record; reads nothing."""
+        return sum(name.split(".")[-1] in SOUND_TYPES for name in self._entries[index][2])
+
+    def __getitem__(self, index: int) -> Record:
+        path, key, members = self._entries[index]
+        with path.open("rb") as file:
+            return _read_record(path, key, {name: _read_at(file, *place) for name, place in members.items()})
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[index] for index in range(len(self)))
+
+
+def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """Key -> field -> (offset, size), in the shard's order."""
+    index: dict[str, dict[str, tuple[int, int]]] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for count, member in enumerate(tar):
+                if count >= MAX_MEMBERS:
+                    raise DataError(f"{path} has more than {MAX_MEMBERS:,} members: split it into smaller shards")
+                if member.isdir():
+                    continue
+                match = _MEMBER.match(member.name)
+                if not member.isreg() or match is None:
+                    raise DataError(
+                        f"{path} holds {member.name!r}; a shard holds plain files named KEY.TYPE or KEY.NAME.TYPE only"
+                    )
+                if member.size > MAX_MEMBER_BYTES:
+                    raise DataError(
+                        f"{path}: {member.name!r} has {member.size:,} bytes; at most {MAX_MEMBER_BYTES:,} are read"
+                    )
+                index.setdefault(match["key"], {})[match["field"]] = (member.offset_data, member.size)
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is not a readable tar shard: {error}") from error
+    return index
+
+
+def _read_at(file: Any, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    data: bytes = file.read(size)
+    if len(data) != size:
+        raise DataError(f"{file.name} is cut short: expected {size} bytes at {offset}, got {len(data)}")
+    return data
+
+
+def _read_record(path: Path, key: str, fields: dict[str, bytes]) -> Record:
+    try:
+        facts = json.loads(fields["json"]) if "json" in fields else {}
+        captions = list(facts.get("captions", ()))
+        if "txt" in fields:
+            captions.append(fields["txt"].decode("utf-8").strip())
+        sounds = {name.rpartition(".")[0]: data for name, data in fields.items() if name.split(".")[-1] in SOUND_TYPES}
+        spoken = facts.get("utterances")
+        if spoken is None:  # a shard of another tool: each sound says the first caption
+            spoken = [{"text": captions[0] if captions else "", "voice": voice} for voice in sounds]
+        return Record(
+            key,
+            str(facts.get("kind", "pair")),
+            tuple(str(caption) for caption in captions),
+            next((data for name, data in fields.items() if name.split(".")[-1] in PICTURE_TYPES), None),
+            tuple(Utterance(str(u["text"]), str(u["voice"]), sounds[u["voice"]]) for u in spoken),
+            tuple((str(o["name"]), Region(tuple(o["region"]))) for o in facts.get("objects", ())),
+            tuple((str(q), str(a)) for q, a in facts.get("questions", ())),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: record {key!r} is broken: {type(error).__name__}: {error}") from error

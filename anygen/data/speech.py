@@ -1,0 +1,76 @@
+"""Synthetic speech: text spoken by flite and espeak-ng voices, as 16 kHz mono sound.
+
+Both are system programs (Debian: apt-get install flite espeak-ng), used to make data only. Their output is
+deterministic.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from anygen.errors import DataError, MissingDependency
+from tokenizers_mm.media import Audio, FloatArray, load_sound
+
+RATE_HZ = 16_000
+FLITE_VOICES = ("awb", "kal", "kal16", "rms", "slt")
+HELD_OUT_VOICE = "rms"
+"""Never in training, in any recipe of ours."""
+_TIMEOUT_S = 60
+
+
+def check_voices(voices: tuple[str, ...]) -> None:
+    """Refuse voices that cannot be spoken here.
+
+    A voice is a flite voice (`slt`) or an espeak-ng voice, with a variant if wanted (`espeak:en-us+f3`).
+
+    Raises:
+        MissingDependency: the program behind a voice is not installed.
+        DataError: not a voice name.
+    """
+    for voice in voices:
+        if not re.fullmatch(r"[a-z0-9]+|espeak:[a-zA-Z0-9+-]+", voice):
+            raise DataError(
+                f"{voice!r} is not a voice; write a flite voice (slt) or espeak:LANGUAGE+VARIANT (espeak:en-us+f3)"
+            )
+        if not voice.startswith("espeak:") and voice not in FLITE_VOICES:
+            raise DataError(f"flite has no voice {voice!r}; it has {', '.join(FLITE_VOICES)}")
+        program = "espeak-ng" if voice.startswith("espeak:") else "flite"
+        if shutil.which(program) is None:
+            raise MissingDependency(f"voice {voice!r} needs {program} (Debian: apt-get install {program})")
+
+
+def speak(text: str, voice: str) -> Audio:
+    """`text` spoken by `voice`, silence at both ends trimmed to 30 ms, peak at 0.7.
+
+    Raises:
+        DataError: the program failed or made no sound.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        words, sound = Path(folder, "words.txt"), Path(folder, "sound.wav")
+        words.write_text(text, encoding="utf-8")
+        if voice.startswith("espeak:"):
+            command = ["espeak-ng", "-v", voice.removeprefix("espeak:"), "-f", str(words), "-w", str(sound)]
+        else:
+            command = ["flite", "-voice", voice, "-f", str(words), "-o", str(sound)]
+        try:
+            subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)  # noqa: S603  no shell, fixed programs
+            audio = load_sound(sound, rate_hz=RATE_HZ)
+        except (subprocess.SubprocessError, OSError, ValueError) as error:
+            raise DataError(f"voice {voice!r} could not speak {text!r}: {error}") from error
+    samples_T = trimmed(audio.samples_T)
+    return Audio(samples_T * np.float32(0.7 / max(float(np.abs(samples_T).max()), 1e-3)), RATE_HZ)
+
+
+def trimmed(samples_T: FloatArray, *, margin_s: float = 0.03, floor_db: float = -45.0) -> FloatArray:
+    """Without the silence at both ends, but for a margin; silence is below `floor_db` relative to the peak."""
+    loud = np.flatnonzero(np.abs(samples_T) > np.abs(samples_T).max(initial=0.0) * 10 ** (floor_db / 20))
+    if not len(loud):
+        return samples_T
+    margin = int(margin_s * RATE_HZ)
+    return samples_T[max(0, loud[0] - margin) : loud[-1] + 1 + margin]

@@ -1,0 +1,142 @@
+"""From records to documents: which part of a record is given, which is to be generated.
+
+A direction is written `inputs>targets`, modalities parted by commas, with a kind of record in front where it matters:
+`text>image`, `image>text,audio`, `scene:image>text`. Where a document holds sound, its text is what is said; two
+texts are two phrasings. Two directions need more than modalities: `ask` (picture and question to answer) and `locate`
+(picture and name to box).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from anygen.data.coded import CodedRecord, CodedStore
+from anygen.data.order import Draw, Mixture
+from anygen.documents import Document, Segment, Tokenizers
+from anygen.errors import ConfigError
+from anygen.sequence import default_task
+from tokenizers_mm.codes import Modality
+from tokenizers_mm.media import Region
+
+SPECIAL = ("ask", "locate")
+
+
+@dataclass(frozen=True)
+class Direction:
+    """What is given and what is asked for.
+
+    >>> Direction.parse("scene:image>text,audio")
+    Direction(inputs=('image',), targets=('text', 'audio'), kind='scene', special='')
+    >>> Direction.parse("ask").special
+    'ask'
+
+    Raises:
+        ConfigError: (from `parse`) not a direction.
+    """
+
+    inputs: tuple[Modality, ...]
+    targets: tuple[Modality, ...]
+    kind: str = ""
+    special: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Direction:
+        """Read the notation of this module."""
+        kind, _, rest = text.rpartition(":")
+        if rest in SPECIAL:
+            return cls((), (), kind, rest)
+        inputs, arrow, targets = rest.partition(">")
+        sides = [tuple(m for m in side.split(",") if m) for side in (inputs, targets)]
+        if not arrow or not sides[1] or any(m not in get_args(Modality) for side in sides for m in side):
+            raise ConfigError(
+                f"{text!r} is not a direction; write inputs>targets (image>text,audio) or one of {SPECIAL}"
+            )
+        return cls(sides[0], sides[1], kind)  # type: ignore[arg-type]
+
+    def fits(self, record: CodedRecord) -> bool:
+        """True where the record has everything this direction needs."""
+        if self.kind and record.kind != self.kind:
+            return False
+        needs = {*self.inputs, *self.targets}
+        if self.special == "ask":
+            return record.picture is not None and bool(record.questions)
+        if self.special == "locate":
+            return record.picture is not None and bool(record.objects)
+        return (
+            ("image" not in needs or record.picture is not None)
+            and ("audio" not in needs or bool(record.utterances))
+            and ("text" not in needs or bool(record.captions) or "audio" in needs)
+        )
+
+    def document(self, record: CodedRecord, generator: random.Random) -> Document:
+        """One document of this direction, with the record's other choices (phrasing, voice) drawn from `generator`."""
+        if self.special == "ask":
+            question, answer = generator.choice(record.questions)
+            return _pair([("image", record.picture), ("text", question)], ("text", answer), "answer")
+        if self.special == "locate":
+            name, region = generator.choice(_unique(record.objects))
+            return _pair([("image", record.picture), ("text", name)], ("region", region), "locate")
+        content: dict[Modality, list[Any]] = {"image": [record.picture] * 2, "text": self._texts(record, generator)}
+        if "audio" in (*self.inputs, *self.targets):
+            utterances = generator.sample(record.utterances, 1)
+            others = [u for u in record.utterances if u.text == utterances[0].text and u is not utterances[0]]
+            utterances.append(generator.choice(others or utterances))
+            content["audio"] = [utterance.codes for utterance in utterances]
+            content["text"] = [utterances[0].text] * 2
+        segments = [Segment(m, content[m].pop(), target=False) for m in self.inputs]
+        segments += [Segment(m, content[m].pop(), target=True) for m in self.targets]
+        return Document(tuple(segments), default_task(self.inputs, self.targets[0]))
+
+    def _texts(self, record: CodedRecord, generator: random.Random) -> list[str]:
+        texts = generator.sample(record.captions, min(2, len(record.captions)))
+        return (texts * 2)[:2]
+
+
+def _pair(inputs: list[tuple[Modality, Any]], target: tuple[Modality, Any], task: str) -> Document:
+    segments = [Segment(modality, content) for modality, content in inputs]
+    return Document((*segments, Segment(*target, target=True)), task)
+
+
+def _unique(objects: tuple[tuple[str, Region], ...]) -> list[tuple[str, Region]]:
+    """Objects whose name stands once, so that a question about them has one answer; all where none does."""
+    names = [name for name, _ in objects]
+    return [o for o in objects if names.count(o[0]) == 1] or list(objects)
+
+
+class DocumentStream:
+    """Example number to document: a pure function, so the stream has no state but the number.
+
+    Args:
+        store: coded records.
+        weights: direction to weight.
+        tokenizers: encode what is still text or region.
+        drop_share: share of examples whose inputs are dropped (classifier-free guidance).
+        seed: of every choice.
+    """
+
+    def __init__(
+        self, store: CodedStore, weights: Mapping[str, float], tokenizers: Tokenizers, *, drop_share: float, seed: int
+    ) -> None:
+        self._store, self._tokenizers, self._drop_share = store, tokenizers, drop_share
+        self._directions = {text: Direction.parse(text) for text in weights}
+        records = list(store)
+        self._eligible = {
+            text: [index for index, record in enumerate(records) if direction.fits(record)]
+            for text, direction in self._directions.items()
+        }
+        self._mixture = Mixture(weights, {text: len(items) for text, items in self._eligible.items()}, seed=seed)
+
+    def draw(self, number: int) -> Draw:
+        """What example `number` is made of."""
+        return self._mixture(number)
+
+    def __call__(self, number: int) -> tuple[Document, bool]:
+        """The encoded document, and whether its inputs are to be dropped."""
+        draw = self._mixture(number)
+        generator = random.Random(draw.seed)
+        record = self._store[self._eligible[draw.kind][draw.item]]
+        document = self._directions[draw.kind].document(record, generator)
+        return document.encode(self._tokenizers), generator.random() < self._drop_share

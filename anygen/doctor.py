@@ -1,0 +1,119 @@
+"""`anygen doctor`: is this installation sound, and what can it do?"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from anygen.errors import AnyGenError
+
+REQUIRED = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "sentencepiece",
+    "vector-quantize-pytorch",
+    "pillow",
+    "soundfile",
+)
+OPTIONAL = ("xformers", "encodec", "diffusers", "jiwer", "gradio")
+PROGRAMS = {"flite": "speech of the emoji world", "espeak-ng": "more voices of the emoji world"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    status: str
+    """`ok`, `absent` (fine unless wanted) or `broken`."""
+    detail: str
+
+
+def examine() -> Iterator[Finding]:
+    """Look at packages, programs, device, disk, and generate once with the embedded model."""
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
+    yield from _packages()
+    yield from _programs()
+    yield _device()
+    yield _disk()
+    yield _smoke()
+
+
+def _packages() -> Iterator[Finding]:
+    for name in (*REQUIRED, *OPTIONAL):
+        try:
+            yield Finding(name, "ok", importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            status = "broken" if name in REQUIRED else "absent"
+            yield Finding(name, status, "not installed" if status == "absent" else f"not installed: pip install {name}")
+    from tokenizers_mm import compat
+
+    for name, reason in compat.BROKEN.items():
+        # It would take transformers down with it, were it not hidden: worth repairing, but nothing of ours needs it.
+        yield Finding(
+            name, "absent", f"installed but broken, hidden from transformers ({reason}); pip uninstall {name}"
+        )
+
+
+def _programs() -> Iterator[Finding]:
+    for name, use in PROGRAMS.items():
+        found = shutil.which(name)
+        yield Finding(name, "ok" if found else "absent", found or f"needed for {use}: apt-get install {name}")
+    from anygen.data.emoji_pictures import EmojiFont
+
+    try:
+        EmojiFont()
+        yield Finding("emoji font", "ok", "Noto Color Emoji")
+    except AnyGenError as error:
+        yield Finding("emoji font", "absent", str(error))
+
+
+def _device() -> Finding:
+    import torch
+
+    from anygen.model.attention import find_xformers
+
+    if not torch.cuda.is_available():
+        return Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads; attention by torch SDPA")
+    room = "xformers" if find_xformers() is not None else "torch SDPA"
+    return Finding("device", "ok", f"{torch.cuda.get_device_name()}; attention by {room}")
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    start = time.monotonic()
+    with tempfile.TemporaryFile(dir=Path.cwd()) as file:
+        file.write(bytes(8 * 2**20))
+        file.flush()
+        os.fsync(file.fileno())
+    speed = 8 / (time.monotonic() - start)
+    return Finding(
+        "disk", "ok" if free > 1 else "broken", f"{free:.0f} GiB free here, {speed:.0f} MiB/s written and flushed"
+    )
+
+
+def _smoke() -> Finding:
+    from anygen.api import AnyGen
+
+    try:
+        start = time.monotonic()
+        model = AnyGen.from_pretrained()
+        loaded = time.monotonic()
+        model.generate(text="a red apple", output="image")
+        return Finding(
+            "embedded model",
+            "ok",
+            f"loads in {loaded - start:.1f} s, draws a picture in {time.monotonic() - loaded:.2f} s",
+        )
+    except AnyGenError as error:
+        return Finding("embedded model", "broken", str(error))

@@ -1,0 +1,130 @@
+"""Files that appear whole or not at all, and the checksums that prove it.
+
+A folder is written under a temporary name beside its place, every file flushed to disk, its manifest of sha256 sums
+written last, and then renamed: whoever finds a folder with a valid manifest finds it complete, also after a crash.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from anygen.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-"
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        CheckpointError: missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file atomically; keys sorted, so equal contents give equal bytes."""
+    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes `folder`, with a manifest, when the block ends well.
+
+    An older `folder` is replaced; on an error it stays as it was and the temporary folder is removed.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{_TEMPORARY}{os.getpid()}-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        write_json(temporary / MANIFEST, _sums(temporary))
+        for path in sorted(temporary.rglob("*")):
+            _fsync(path)
+        _fsync(temporary)
+        old = folder.with_name(f"{_TEMPORARY}{os.getpid()}-old-{folder.name}")
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        _fsync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path) -> int:
+    """Delete temporary folders and files that a killed process left in `parent`; returns how many."""
+    leftovers = list(parent.glob(f"{_TEMPORARY}*")) if parent.is_dir() else []
+    for path in leftovers:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return len(leftovers)
+
+
+def verify(folder: Path) -> None:
+    """Check every file of a published folder against its manifest, sizes first.
+
+    Raises:
+        CheckpointError: no manifest, or a file that is missing or was changed, by name.
+    """
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{folder / MANIFEST} is not a manifest")
+    for name, facts in manifest.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
+        try:
+            good = path.stat().st_size == facts["bytes"] and sha256_of(path) == facts["sha256"]
+        except (OSError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is missing or its entry is broken: {error}") from error
+        if not good:
+            raise CheckpointError(f"{path} was changed or damaged after it was written (its checksum differs)")
+
+
+def is_published(folder: Path) -> bool:
+    """True where `folder` is complete and undamaged."""
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _sums(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,170 @@
+"""Builds a gallery: one static page with its media, no server, no script.
+
+Every exhibit is generated with its own seed in one batch; beside each stands the command that gives it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from anygen._version import __version__
+from anygen.api import AnyGen
+from anygen.documents import Segment
+from anygen.files import publishing
+from anygen.gallery.exhibits import Exhibit
+from anygen.gallery.spectrogram import draw_spectrogram
+from anygen.results import save_png
+from anygen.training.metrics import Progress
+from tokenizers_mm.media import Audio, Region, load_sound
+
+PAGE = "index.html"
+_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One medium on the page."""
+
+    kind: str
+    """`text`, `image`, `audio` or `region`."""
+    text: str = ""
+    file: str = ""
+    """Relative to the page."""
+    spectrogram: str = ""
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One exhibit on the page."""
+
+    section: str
+    inputs: tuple[Shown, ...]
+    answers: tuple[tuple[Shown, ...], ...]
+    """The media of each sample."""
+    real: tuple[Shown, ...]
+    is_held_out: bool
+    command: str
+
+
+def build_gallery(model: AnyGen, out: Path, exhibits: Sequence[Exhibit]) -> Path:
+    """Generate every exhibit and write the page; returns its path.
+
+    An existing gallery at `out` is replaced once the new one is whole.
+    """
+    progress = Progress("gallery", len(exhibits))
+    answers = []
+    for start in range(0, len(exhibits), _BATCH):
+        outputs = model.generate_batch([exhibit.request for exhibit in exhibits[start : start + _BATCH]])
+        answers += [output.samples for output in outputs]
+        progress.advance(count=len(outputs))
+    progress.close()
+    with publishing(out) as folder:
+        media = folder / "media"
+        media.mkdir()
+        cards = []
+        for number, (exhibit, samples) in enumerate(zip(exhibits, answers, strict=True)):
+            shown = tuple(
+                tuple(
+                    _show(segment, media, f"{number:02d}-{s}-{place}", {**sample.provenance, "seed": sample.seed})
+                    for place, segment in enumerate(sample.segments)
+                )
+                for s, sample in enumerate(samples)
+            )
+            inputs = tuple(
+                _show_input(kind, value, media, f"{number:02d}-in-{i}")
+                for i, (kind, value) in enumerate(exhibit.inputs)
+            )
+            cards.append(
+                Card(
+                    exhibit.section,
+                    inputs,
+                    shown,
+                    _show_real(exhibit, media),
+                    exhibit.is_held_out,
+                    _command(exhibit, inputs),
+                )
+            )
+        (folder / PAGE).write_text(render(cards, name=str(model.bundle.provenance.get("name", ""))), encoding="utf-8")
+        (folder / "gallery.json").write_text(
+            json.dumps([dataclasses.asdict(card) for card in cards], indent=1), encoding="utf-8"
+        )
+    return out / PAGE
+
+
+def render(cards: Sequence[Card], *, name: str) -> str:
+    """The page; everything that is not markup of ours is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("anygen.gallery", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    sections: dict[str, list[Card]] = {}
+    for card in cards:
+        sections.setdefault(card.section, []).append(card)
+    return environment.get_template("page.html.jinja").render(sections=sections, name=name, version=__version__)
+
+
+def _show(segment: Segment, media: Path, stem: str, provenance: dict[str, Any]) -> Shown:
+    content = segment.content
+    if isinstance(content, Image.Image):
+        save_png(content, media / f"{stem}.png", provenance)
+        return Shown("image", file=f"media/{stem}.png")
+    if isinstance(content, Audio):
+        return _show_sound(content, media, stem)
+    if isinstance(content, Region):
+        return Shown("region", text=", ".join(f"{value:.2f}" for value in content.values))
+    return Shown("text", text=str(content))
+
+
+def _show_sound(audio: Audio, media: Path, stem: str) -> Shown:
+    audio.save(media / f"{stem}.flac")
+    draw_spectrogram(audio).save(media / f"{stem}-spectrogram.png")
+    return Shown("audio", file=f"media/{stem}.flac", spectrogram=f"media/{stem}-spectrogram.png")
+
+
+def _show_input(kind: str, value: str | Path, media: Path, stem: str) -> Shown:
+    if not isinstance(value, Path):
+        return Shown(kind, text=value)
+    name = f"{stem}{value.suffix}"
+    shutil.copyfile(value, media / name)
+    if kind != "audio":
+        return Shown(kind, file=f"media/{name}")
+    draw_spectrogram(load_sound(value)).save(media / f"{stem}-spectrogram.png")
+    return Shown(kind, file=f"media/{name}", spectrogram=f"media/{stem}-spectrogram.png")
+
+
+def _show_real(exhibit: Exhibit, media: Path) -> tuple[Shown, ...]:
+    if exhibit.real is None:
+        return ()
+    shown = [Shown("text", text=exhibit.real.text)]
+    if "image" in exhibit.request.outputs and not any(kind == "image" for kind, _ in exhibit.inputs):
+        name = f"real-{exhibit.real.picture.name}"
+        shutil.copyfile(exhibit.real.picture, media / name)
+        shown.append(Shown("image", file=f"media/{name}"))
+    return tuple(shown)
+
+
+def _command(exhibit: Exhibit, inputs: Sequence[Shown]) -> str:
+    request = exhibit.request
+    words = ["anygen", "generate"]
+    for shown in inputs:
+        words += [f"--{shown.kind}", shown.file or shown.text]
+    for output in request.outputs:
+        words += ["--output", output]
+    for name in ("num_samples", "seed", "guidance_scale", "temperature"):
+        value = getattr(request, name)
+        if value is not None and (name, value) not in (("num_samples", 1), ("seed", 0)):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)

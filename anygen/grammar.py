@@ -1,0 +1,249 @@
+"""The grammar of answers: which ids may follow, so that every sample decodes, even from an untrained model.
+
+A `Walk` follows one sample from its `<target>` to `<eos>`. What it allows is always a few contiguous ranges of ids,
+so a sampler multiplies by those rows of the output matrix only. It counts the budget: a block is opened only where it
+can be closed, and the blocks still asked for can follow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anygen.errors import InputError
+from anygen.sequence import Sequencer
+from anygen.vocabulary import NUM_NUMBERS, Range
+from tokenizers_mm.codes import Modality
+from tokenizers_mm.text import UNKNOWN
+
+Ranges = tuple[tuple[int, int], ...]
+"""Allowed ids as [start, stop) pairs, ascending."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block that an answer is to hold, with its shape where the caller fixes it."""
+
+    modality: Modality
+    shape: tuple[int, ...] | None = None
+    """Rows and columns of a picture, digits of a sound's length, 2 or 4 for a region; None lets the model choose."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an answer is to hold: exactly these blocks in this order or, where `free`, any blocks of these kinds."""
+
+    blocks: tuple[Block, ...]
+    free: bool = False
+
+
+class Grammar:
+    """Starts walks for one vocabulary and layout."""
+
+    def __init__(self, sequencer: Sequencer) -> None:
+        self.sequencer = sequencer
+        self.vocabulary = sequencer.vocabulary
+        self.layout = sequencer.layout
+        text = self.vocabulary.range("text")
+        self.text_ids = (text.start + UNKNOWN + 1, text.stop)  # no text encodes to "unknown", so none is sampled
+
+    def num_body(self, block: Block) -> int:
+        """Fewest ids between begin and end: shape numbers and codes."""
+        if block.modality == "text":
+            return 1
+        shape = block.shape or {"image": (1, 1), "audio": (0, 1), "region": (2,)}[block.modality]
+        return self._num_body_of(block.modality, shape)
+
+    def native_num_body(self, block: Block) -> int:
+        """Ids between begin and end at the native shape, which is kept free for this block where the budget allows."""
+        if block.shape is None and block.modality == "image":
+            return self._num_body_of("image", self.layout.native_grid_hw)
+        if block.shape is None and block.modality == "audio":
+            return self._num_body_of("audio", divmod(self.layout.native_frames, NUM_NUMBERS))
+        if block.shape is None and block.modality == "region":
+            return self._num_body_of("region", (4,))
+        return self.num_body(block)
+
+    def _num_body_of(self, modality: Modality, shape: tuple[int, ...]) -> int:
+        return len(shape) + len(self.sequencer.body_ranges(modality, shape))
+
+    def smallest_budget(self, plan: Plan) -> int:
+        """Fewest new ids with which the plan can be carried out, `<eos>` included."""
+        costs = [self.num_body(block) + 2 for block in plan.blocks]
+        return (min(costs) if plan.free else sum(costs)) + 1
+
+    def start(self, plan: Plan, budget: int) -> Walk:
+        """A walk that ends within `budget` ids.
+
+        Raises:
+            InputError: an empty plan, a modality that the vocabulary lacks, a shape out of bounds, or too small a
+            budget.
+        """
+        if not plan.blocks:
+            raise InputError("ask for at least one output")
+        for block in plan.blocks:
+            self._check(block)
+        if budget < self.smallest_budget(plan):
+            names = ", ".join(block.modality for block in plan.blocks)
+            raise InputError(
+                f"max_new_tokens={budget} is too small for output {names}: "
+                f"it takes at least {self.smallest_budget(plan)}"
+            )
+        return Walk(self, plan, budget)
+
+    def _check(self, block: Block) -> None:
+        if block.modality not in self.vocabulary.modalities:
+            raise InputError(
+                f"this model has no {block.modality!r} output; it has {', '.join(self.vocabulary.modalities)}"
+            )
+        if block.shape is None:
+            return
+        good = {
+            "text": block.shape == (),
+            "image": len(block.shape) == 2 and all(1 <= n <= self.layout.max_side for n in block.shape),
+            "audio": len(block.shape) == 2
+            and all(0 <= n < NUM_NUMBERS for n in block.shape)
+            and 1 <= block.shape[0] * NUM_NUMBERS + block.shape[1] <= self.layout.max_frames,
+            "region": block.shape in ((2,), (4,)),
+        }[block.modality]
+        if not good:
+            raise InputError(f"this model cannot give {block.modality} output of shape {block.shape}")
+
+
+class Walk:
+    """One sample on its way through the grammar.
+
+    `allowed` says which ids may come next; `push` takes the chosen one; `done` is True after `<eos>`.
+    """
+
+    def __init__(self, grammar: Grammar, plan: Plan, budget: int) -> None:
+        self._grammar = grammar
+        self._plan = plan
+        self.budget = budget
+        self._left = budget
+        self._next_block = 0
+        self._block: Block | None = None
+        self._shape: list[int] = []
+        self._body: list[Range] = []
+        self._num_written = 0
+        natives = [grammar.native_num_body(block) + 2 for block in plan.blocks]
+        # Later blocks keep room for their native shape where the budget has it, else for their smallest one.
+        self._costs = natives if sum(natives) + 1 <= budget else [grammar.num_body(b) + 2 for b in plan.blocks]
+        self.num_blocks = 0
+        self.done = False
+        self.allowed: Ranges = self._between_blocks()
+
+    @property
+    def num_written(self) -> int:
+        """Codes written of the open block."""
+        return self._num_written
+
+    @property
+    def num_codes(self) -> int:
+        """Codes that the open block will have, once its shape is known; 0 for text."""
+        return len(self._body)
+
+    @property
+    def modality(self) -> Modality | None:
+        """The block that is open, or None between blocks."""
+        return self._block.modality if self._block else None
+
+    def push(self, id: int) -> None:
+        """Take the next id; it must be allowed."""
+        assert any(start <= id < stop for start, stop in self.allowed), f"id {id} is not in {self.allowed}"
+        self._left -= 1
+        if self._block is None:
+            self.allowed = self._open(id)
+        elif len(self._shape) < self._grammar.sequencer.num_shape_numbers(self._block.modality):
+            self._shape.append(id - self._grammar.vocabulary.numbers.start)
+            self.allowed = self._inside()
+        else:
+            self._num_written += 1
+            self.allowed = self._close() if id == self._end_id() else self._inside()
+
+    # -- between blocks
+
+    def _between_blocks(self) -> Ranges:
+        vocabulary = self._grammar.vocabulary
+        if self._plan.free:
+            ids = [
+                vocabulary.control(block.modality)
+                for block in self._plan.blocks
+                if self._grammar.num_body(block) + 2 <= self._left - 1
+            ]
+            if self.num_blocks:
+                ids.append(vocabulary.control("eos"))
+            return tuple((id, id + 1) for id in sorted(set(ids)))
+        if self._next_block == len(self._plan.blocks):
+            return _only(vocabulary.control("eos"))
+        return _only(vocabulary.control(self._plan.blocks[self._next_block].modality))
+
+    def _open(self, id: int) -> Ranges:
+        vocabulary = self._grammar.vocabulary
+        if id == vocabulary.control("eos"):
+            self.done = True
+            return ()
+        if self._plan.free:
+            self._block = next(b for b in self._plan.blocks if vocabulary.control(b.modality) == id)
+        else:
+            self._block = self._plan.blocks[self._next_block]
+            self._next_block += 1
+        self._shape, self._body, self._num_written = [], [], 0
+        return self._inside()
+
+    def _close(self) -> Ranges:
+        self._block = None
+        self.num_blocks += 1
+        return self._between_blocks()
+
+    # -- inside a block
+
+    def _room(self) -> int:
+        """Ids that the open block may still take, its end token included."""
+        reserved = 0 if self._plan.free else sum(self._costs[self._next_block :])
+        return self._left - reserved - 1
+
+    def _end_id(self) -> int:
+        assert self._block is not None
+        return self._grammar.vocabulary.control("/" + self._block.modality)
+
+    def _inside(self) -> Ranges:
+        assert self._block is not None
+        modality = self._block.modality
+        if modality == "text":
+            if self._room() <= 1:
+                return _only(self._end_id())
+            end = ((self._end_id(), self._end_id() + 1),) if self._num_written else ()
+            return (self._grammar.text_ids, *end)
+        if len(self._shape) < self._grammar.sequencer.num_shape_numbers(modality):
+            zero = self._grammar.vocabulary.numbers.start
+            return tuple((zero + low, zero + high + 1) for low, high in self._shape_bounds())
+        if not self._num_written:
+            self._body = self._grammar.sequencer.body_ranges(modality, tuple(self._shape))
+        if self._num_written < len(self._body):
+            r = self._body[self._num_written]
+            return ((r.start, r.stop),)
+        return _only(self._end_id())
+
+    def _shape_bounds(self) -> tuple[tuple[int, int], ...]:
+        """[smallest, largest] numbers that may come next in the shape."""
+        assert self._block is not None
+        layout, index = self._grammar.layout, len(self._shape)
+        if self._block.shape is not None:
+            return ((self._block.shape[index],) * 2,)
+        numbers_left = self._grammar.sequencer.num_shape_numbers(self._block.modality) - index
+        room = self._room() - 1 - numbers_left  # for codes
+        if self._block.modality == "region":
+            return ((2, 2), (4, 4)) if room >= 4 else ((2, 2),)
+        patches = room // self._grammar.sequencer.orders[self._block.modality].num_kept
+        if self._block.modality == "image":
+            other = self._shape[0] if index else 1
+            return ((1, min(layout.max_side, patches // other)),)
+        frames = min(layout.max_frames, patches)
+        if index == 0:
+            return ((0, frames // NUM_NUMBERS),)
+        high = self._shape[0]
+        return ((0 if high else 1, min(NUM_NUMBERS - 1, frames - high * NUM_NUMBERS)),)
+
+
+def _only(id: int) -> Ranges:
+    return ((id, id + 1),)

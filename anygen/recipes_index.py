@@ -1,0 +1,57 @@
+"""The recipes that come with anygen: in `recipes/` of a checkout, in the package of an installed wheel."""
+
+from __future__ import annotations
+
+import importlib.resources
+import shutil
+from pathlib import Path
+
+from anygen.errors import InputError
+
+
+def recipes_folder() -> Path:
+    """Where they lie."""
+    package = Path(str(importlib.resources.files("anygen")))
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """Names such as `nano/pretrain.yaml`, sorted."""
+    folder = recipes_folder()
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        InputError: there is no such recipe.
+    """
+    if name not in list_recipes():
+        raise InputError(f"there is no recipe {name!r}; there are {', '.join(list_recipes())}")
+    return recipes_folder() / name
+
+
+def copy_recipe(name: str, to: Path) -> Path:
+    """Copy one recipe, or a family of them; never over something that is there.
+
+    Raises:
+        InputError: no such recipe or family, or `to` exists.
+    """
+    families = sorted({recipe.split("/")[0] for recipe in list_recipes()})
+    if to.exists() and not to.is_dir():
+        raise InputError(f"{to} exists already: choose another name")
+    if name in families:
+        target = to / name if to.is_dir() else to
+        if target.exists():
+            raise InputError(f"{target} exists already: choose another name")
+        shutil.copytree(recipes_folder() / name, target)
+        return target
+    source = find_recipe(name)
+    target = to / source.name if to.is_dir() else to
+    if target.exists():
+        raise InputError(f"{target} exists already: choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    return target

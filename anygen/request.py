@@ -1,0 +1,263 @@
+"""What a caller may ask for, checked once and turned into a document of inputs, a plan of outputs and a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import torch
+from PIL import Image
+
+from anygen.documents import Document, Media, Segment
+from anygen.errors import InputError
+from anygen.grammar import Block, Plan
+from anygen.layout import Layout
+from anygen.sampling.choose import OPTION_NAMES, SamplingOptions
+from anygen.sequence import default_task
+from anygen.vocabulary import NUM_NUMBERS, TASKS
+from tokenizers_mm.codes import MODALITIES, Modality
+from tokenizers_mm.media import Audio, PictureSource, Region, SoundSource, load_picture, load_sound
+
+OutputName = Literal["text", "image", "audio", "region", "any"]
+MAX_SAMPLES = 1024
+_TASK_OUTPUT: dict[str, Modality] = {
+    "depict": "image",
+    "caption": "text",
+    "speak": "audio",
+    "transcribe": "text",
+    "answer": "text",
+    "locate": "region",
+}
+_SEEDS = 2**63
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One call of `generate` or `stream`; every field is a keyword argument of theirs.
+
+    Raises:
+        InputError: a value of the wrong type or out of range, by name.
+    """
+
+    text: str | None = None
+    image: PictureSource | None = None
+    """PIL image, path, or uint8 array H x W x 3."""
+    audio: SoundSource | None = None
+    """Path, `Audio`, or (float array, rate)."""
+    content: Sequence[Mapping[str, Any]] | None = None
+    """Instead of the three above: inputs in order, in transformers' chat form (`{"type": "text", "text": ...}`)."""
+    output: OutputName | Sequence[OutputName] | None = None
+    """What to generate, in order; `any` lets the model decide. May be left out where `task` says it."""
+    task: str | None = None
+    """`depict`, `caption`, `speak`, `transcribe`, `answer`, `locate`, `continue`; by default from inputs and output."""
+    num_samples: int = 1
+    seed: int | None = 0
+    """Sample i is drawn from seed + i; None takes a new seed and reports it."""
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    """CPU generators instead of a seed: one for all samples, or one each."""
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    guidance_scale: float | None = None
+    """These five override the bundle's defaults for every modality."""
+    size: int | tuple[int, int] | None = None
+    """Height and width of generated pictures in pixels, or one side; by default the model chooses."""
+    duration_s: float | None = None
+    """Length of generated sounds; by default the model chooses."""
+    decoder: Literal["codes", "diffusion", "voken"] = "codes"
+    """What draws pictures; diffusion decoders come with bundles that carry them."""
+    num_inference_steps: int | None = None
+    """Steps of a diffusion decoder."""
+
+    def __post_init__(self) -> None:
+        if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):
+            raise InputError("pass either content or text, image and audio, not both")
+        if (
+            isinstance(self.num_samples, bool)
+            or not isinstance(self.num_samples, int)
+            or not 1 <= self.num_samples <= MAX_SAMPLES
+        ):
+            raise InputError(f"num_samples must be an integer from 1 to {MAX_SAMPLES}; got {self.num_samples!r}")
+        if self.seed is not None and (
+            isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < _SEEDS
+        ):
+            raise InputError(f"seed must be an integer from 0 to 2**63 - 1; got {self.seed!r}")
+        if self.max_new_tokens is not None and (not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1):
+            raise InputError(f"max_new_tokens must be an integer of 1 or more; got {self.max_new_tokens!r}")
+        if self.task is not None and self.task not in TASKS:
+            raise InputError(f"unknown task {self.task!r}; expected one of {', '.join(TASKS)}")
+        if self.decoder not in ("codes", "diffusion", "voken"):
+            raise InputError(f"decoder must be 'codes', 'diffusion' or 'voken'; got {self.decoder!r}")
+        self.outputs  # noqa: B018  checks them
+        self.options({})
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Request:
+        """A request from keyword arguments.
+
+        Raises:
+            TypeError: an unknown argument, with the nearest known one.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in arguments:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"expected some of {', '.join(names)}"
+                raise TypeError(f"unexpected argument {name!r}; {hint}")
+        return cls(**arguments)
+
+    @cached_property
+    def outputs(self) -> tuple[OutputName, ...]:
+        """What is asked for, in order."""
+        output = self.output
+        if output is None:
+            if self.task not in _TASK_OUTPUT:
+                raise InputError(
+                    "say what to generate: output='text', 'image', 'audio' or several, e.g. ('text', 'audio')"
+                )
+            return (_TASK_OUTPUT[self.task],)
+        names = (output,) if isinstance(output, str) else tuple(output)
+        for name in names:
+            if name not in get_args(OutputName):
+                raise InputError(f"unknown output {name!r}; expected {', '.join(get_args(OutputName))}")
+        if not names or ("any" in names and len(names) > 1):
+            raise InputError(f"output must name at least one modality, and 'any' stands alone; got {names}")
+        return names  # type: ignore[return-value]
+
+    @cached_property
+    def inputs(self) -> tuple[Segment, ...]:
+        """The inputs as media, loaded and checked."""
+        if self.content is not None:
+            return tuple(_segment(item) for item in _flattened(self.content))
+        given: list[Mapping[str, Any]] = []
+        for modality in ("text", "image", "audio"):
+            value = getattr(self, modality)
+            if value is not None:
+                given.append({"type": modality, modality: value})
+        return tuple(_segment(item) for item in given)
+
+    def document(self) -> Document:
+        """The inputs, and the task that they and the first output suggest."""
+        kinds = tuple(segment.modality for segment in self.inputs)
+        if self.task is not None:
+            return Document(self.inputs, self.task)
+        first = self.outputs[0]
+        return Document(self.inputs, None if first == "any" else default_task(kinds, first))
+
+    def plan(self, layout: Layout, modalities: Sequence[str], *, patch_px: int, frame_rate_hz: float) -> Plan:
+        """The blocks to generate, with their shapes where they are fixed."""
+        if self.outputs == ("any",):
+            return Plan(tuple(Block(m) for m in MODALITIES if m in modalities and m != "region"), free=True)
+        blocks = []
+        for name in self.outputs:
+            shape: tuple[int, ...] | None = None
+            if name == "image" and self.size is not None:
+                shape = self._grid(patch_px)
+            elif name == "audio" and self.duration_s is not None:
+                shape = self._length(layout, frame_rate_hz)
+            blocks.append(Block(name, shape))  # type: ignore[arg-type]
+        return Plan(tuple(blocks))
+
+    def _grid(self, patch_px: int) -> tuple[int, int]:
+        sides = (self.size, self.size) if isinstance(self.size, int) else self.size
+        if (
+            not isinstance(sides, tuple)
+            or len(sides) != 2
+            or any(not isinstance(s, int) or s < patch_px or s % patch_px for s in sides)
+        ):
+            raise InputError(f"size must be (height, width) in multiples of {patch_px} px; got {self.size!r}")
+        return sides[0] // patch_px, sides[1] // patch_px
+
+    def _length(self, layout: Layout, frame_rate_hz: float) -> tuple[int, int]:
+        duration = self.duration_s
+        longest = layout.max_frames / frame_rate_hz
+        if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration <= longest:
+            raise InputError(f"duration_s must be above 0 and at most {longest:.1f}; got {duration!r}")
+        return divmod(max(1, round(duration * frame_rate_hz)), NUM_NUMBERS)
+
+    def options(self, defaults: Mapping[str, SamplingOptions]) -> dict[str, SamplingOptions]:
+        """Sampling options by modality: the bundle's defaults under this call's own."""
+        given = {name: getattr(self, name) for name in OPTION_NAMES}
+        names = (*MODALITIES, "control")
+        return {name: defaults.get(name, SamplingOptions()).override(**given) for name in names}
+
+    def generators(self) -> list[tuple[torch.Generator, int | None]]:
+        """A CPU generator for each sample, and its seed where it has one."""
+        if self.generator is not None:
+            given = (
+                [self.generator] * self.num_samples
+                if isinstance(self.generator, torch.Generator)
+                else list(self.generator)
+            )
+            if len(given) != self.num_samples or any(
+                not isinstance(g, torch.Generator) or g.device.type != "cpu" for g in given
+            ):
+                raise InputError(f"generator must be one CPU torch.Generator or a list of {self.num_samples} of them")
+            return [(generator, None) for generator in given]
+        first = secrets.randbits(48) if self.seed is None else self.seed
+        seeds = [(first + i) % _SEEDS for i in range(self.num_samples)]
+        return [(torch.Generator().manual_seed(seed), seed) for seed in seeds]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able account of the request: texts as they are, media by the hash of their content."""
+        facts: dict[str, Any] = {"output": list(self.outputs), "inputs": [_describe(s) for s in self.inputs]}
+        for name in ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s"):
+            if getattr(self, name) is not None:
+                facts[name] = getattr(self, name)
+        return facts
+
+
+def _flattened(content: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Items of a content list, or of the content of chat messages."""
+    if isinstance(content, str | bytes) or not isinstance(content, Sequence):
+        raise InputError(
+            f"content is a list of items such as {{'type': 'text', 'text': ...}}; got {type(content).__name__}"
+        )
+    items: list[Mapping[str, Any]] = []
+    for item in content:
+        if not isinstance(item, Mapping):
+            raise InputError(f"content holds a {type(item).__name__}; every item is a dict with a 'type'")
+        if "role" in item and "content" in item:
+            inner = item["content"]
+            items += [{"type": "text", "text": inner}] if isinstance(inner, str) else _flattened(inner)
+        else:
+            items.append(item)
+    return items
+
+
+def _segment(item: Mapping[str, Any]) -> Segment:
+    modality = item.get("type")
+    if modality not in MODALITIES or modality not in item:
+        raise InputError(
+            f"content item needs type {', '.join(MODALITIES)} and a value under that name; got {sorted(item)}"
+        )
+    value = item[modality]
+    media: Media
+    if modality == "text":
+        if not isinstance(value, str):
+            raise InputError(f"text must be a str; got {type(value).__name__}")
+        media = value
+    elif modality == "image":
+        media = load_picture(value)
+    elif modality == "audio":
+        media = load_sound(value)
+    else:
+        media = value if isinstance(value, Region) else Region(tuple(value))
+    return Segment(modality, media)
+
+
+def _describe(segment: Segment) -> dict[str, Any]:
+    content = segment.content
+    if isinstance(content, Image.Image):
+        return {"type": "image", "sha256": hashlib.sha256(content.tobytes()).hexdigest(), "size": list(content.size)}
+    if isinstance(content, Audio):
+        return {"type": "audio", "sha256": hashlib.sha256(content.samples_T.tobytes()).hexdigest()}
+    return {"type": segment.modality, segment.modality: content.values if isinstance(content, Region) else str(content)}

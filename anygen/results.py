@@ -1,0 +1,170 @@
+"""What generation gives back: media in order, with the seed and everything else that made them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image, PngImagePlugin
+
+from anygen.documents import Segment
+from anygen.errors import InputError
+from tokenizers_mm.media import Audio, Region
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer."""
+
+    segments: tuple[Segment, ...]
+    """Media, in the order in which they were generated."""
+    seed: int | None
+    """The seed of this very sample; None where the caller passed a generator."""
+    finish_reason: Literal["eos", "stopped"]
+    ids: tuple[int, ...] = field(repr=False)
+    """The generated ids."""
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    """Bundle, prompt, options and versions; JSON-able."""
+
+    def of(self, modality: str) -> list[Any]:
+        """The media of one modality, in order."""
+        return [segment.content for segment in self.segments if segment.modality == modality]
+
+
+@dataclass(frozen=True)
+class Output:
+    """The answers of one call."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text, sample by sample."""
+        return self._all("text")
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """Every picture, sample by sample."""
+        return self._all("image")
+
+    @property
+    def audios(self) -> list[Audio]:
+        """Every sound, sample by sample."""
+        return self._all("audio")
+
+    @property
+    def regions(self) -> list[Region]:
+        """Every box or point, sample by sample."""
+        return self._all("region")
+
+    @property
+    def text(self) -> str:
+        """The first text; InputError where there is none."""
+        return str(self._first("text"))
+
+    @property
+    def image(self) -> Image.Image:
+        """The first picture; InputError where there is none."""
+        picture: Image.Image = self._first("image")
+        return picture
+
+    @property
+    def audio(self) -> Audio:
+        """The first sound; InputError where there is none."""
+        sound: Audio = self._first("audio")
+        return sound
+
+    def _all(self, modality: str) -> list[Any]:
+        return [content for sample in self.samples for content in sample.of(modality)]
+
+    def _first(self, modality: str) -> Any:
+        found = self._all(modality)
+        if not found:
+            raise InputError(f"this answer holds no {modality}; ask for it with output={modality!r}")
+        return found[0]
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write every medium and, beside each sample, a JSON with its provenance; returns the media files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        for index, sample in enumerate(self.samples):
+            files = [
+                _save_segment(folder / f"{index:02d}-{place}-{segment.modality}", segment, sample)
+                for place, segment in enumerate(sample.segments)
+            ]
+            facts = {**sample.provenance, "seed": sample.seed, "finish_reason": sample.finish_reason, "ids": sample.ids}
+            facts["files"] = [path.name for path in files]
+            (folder / f"{index:02d}.json").write_text(
+                json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+            )
+            written += files
+        return written
+
+
+def _save_segment(stem: Path, segment: Segment, sample: Sample) -> Path:
+    content = segment.content
+    if isinstance(content, Image.Image):
+        path = stem.with_suffix(".png")
+        save_png(content, path, {**sample.provenance, "seed": sample.seed})
+        return path
+    if isinstance(content, Audio):
+        return content.save(stem.with_suffix(".wav"))
+    path = stem.with_suffix(".txt")
+    text = json.dumps(content.values) if isinstance(content, Region) else str(content)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def save_png(picture: Image.Image, path: Path, provenance: Mapping[str, Any]) -> None:
+    """A picture as PNG, with its provenance as JSON in the text chunk `anygen`."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("anygen", json.dumps(dict(provenance), ensure_ascii=True))
+    picture.save(path, pnginfo=info)
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a stream."""
+
+    sample: int
+    """Index of the sample it happened to."""
+
+
+@dataclass(frozen=True)
+class SegmentStarted(Event):
+    """A text, picture, sound or region was begun."""
+
+    modality: str
+
+
+@dataclass(frozen=True)
+class TextDelta(Event):
+    """More text; whole characters only."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class SegmentProgress(Event):
+    """A picture or sound grows."""
+
+    num_done: int
+    num_codes: int
+
+
+@dataclass(frozen=True)
+class SegmentFinished(Event):
+    """A segment is whole, and decoded."""
+
+    segment: Segment
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Everything is done."""
+
+    output: Output

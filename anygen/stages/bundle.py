@@ -1,0 +1,84 @@
+"""Stage `bundle`: model, vocabulary and tokenizers of a run as one directory that anyone can open."""
+
+from __future__ import annotations
+
+import importlib.resources
+from typing import Any, Literal
+
+import jinja2
+from pydantic import Field
+
+from anygen._version import __version__
+from anygen.bundle import save_bundle
+from anygen.config import Config
+from anygen.files import read_json
+from anygen.model.causal import num_parameters
+from anygen.sampling.choose import SamplingOptions
+from anygen.stages.base import StageConfig, StageResult
+from anygen.stages.pretrain import load_pretrained, open_tokenizers
+
+
+class OptionsConfig(Config):
+    """Sampling defaults of one modality; see `anygen.sampling.choose.SamplingOptions`."""
+
+    temperature: float = Field(1.0, ge=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    guidance_scale: float = Field(1.0, ge=0)
+
+
+class BundleConfig(StageConfig):
+    """Recipe of the stage."""
+
+    stage: Literal["bundle"] = "bundle"
+    name: str
+    """Name in provenance and on the model card."""
+    defaults: dict[Literal["text", "image", "audio", "region", "control"], OptionsConfig] = {}
+    """Sampling options by modality of the id that is drawn."""
+    notes: str = ""
+    """Paragraph for the model card: data, licences, limits."""
+
+
+def main(config: BundleConfig) -> StageResult:
+    """Write the bundle; equal inputs give equal bytes."""
+    model, vocabulary, layout = load_pretrained(config.root / "pretrain" / "model")
+    tokenizers = open_tokenizers(config.root, location_bins=vocabulary.range("region").size)
+    stages = {
+        path.parent.name: read_json(path)
+        for path in sorted(config.root.glob("*/stage.json"))
+        if path.parent.name not in ("bundle", "gallery")
+    }
+    provenance = {
+        "name": config.name,
+        "anygen": __version__,
+        "recipes": {name: facts["config"] for name, facts in stages.items()},
+    }
+    facts: dict[str, Any] = {
+        "name": config.name,
+        "notes": config.notes,
+        "parameters": num_parameters(model),
+        "vocabulary": vocabulary,
+        "layout": layout,
+        "tokenizers": tokenizers,
+        "metrics": {name: facts["metrics"] for name, facts in stages.items()},
+        "version": __version__,
+    }
+    save_bundle(
+        config.folder / config.name,
+        model=model,
+        vocabulary=vocabulary,
+        layout=layout,
+        tokenizers=tokenizers,
+        defaults={name: SamplingOptions(**options.model_dump()) for name, options in config.defaults.items()},
+        provenance=provenance,
+        card=_card(facts),
+    )
+    size = sum(p.stat().st_size for p in (config.folder / config.name).rglob("*") if p.is_file())
+    return StageResult(config.folder, (config.folder / config.name,), {"megabytes": size / 1e6})
+
+
+def _card(facts: dict[str, Any]) -> str:
+    source = importlib.resources.files("anygen.stages").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)  # noqa: S701  Markdown
+    return environment.from_string(source).render(facts)

@@ -1,0 +1,100 @@
+"""Stage `data`: sources to record shards, `train-00000.tar` and so on, one split a name.
+
+Every shard is made whole or not at all and is a pure function of the recipe, so a killed run goes on with the next
+shard. Unusable items are left out, counted and named; too many of them are an error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from anygen.data.records import Record, write_shard
+from anygen.data.sources import AnySource, Source
+from anygen.errors import DataError, InputError
+from anygen.files import remove_leftovers, write_json
+from anygen.stages.base import StageConfig, StageResult
+from anygen.training.interrupts import StopRequest
+from anygen.training.metrics import Progress
+
+logger = logging.getLogger("anygen")
+
+
+class DataConfig(StageConfig):
+    """Recipe of the stage."""
+
+    stage: Literal["data"] = "data"
+    sources: list[AnySource] = Field(min_length=1)
+    """One or several sources, mixed in this order."""
+    records_per_shard: int = Field(256, ge=1)
+    max_bad_share: float = Field(0.01, ge=0, le=1)
+    """Largest share of unusable items before the stage fails."""
+
+
+def main(config: DataConfig) -> StageResult:
+    """Make every shard that is not there yet."""
+    config.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(config.folder)
+    shards = _plan([source.open() for source in config.sources], config.records_per_shard)
+    progress = Progress("data", sum(len(items) for _, items in shards))
+    counts: dict[str, int] = {}
+    bad: list[str] = []
+    outputs = []
+    with StopRequest() as stop, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, items in shards:
+            path = config.folder / name
+            if not path.exists():
+                faults = _make_shard(path, items, pool)
+                write_json(path.with_suffix(".json"), {"items": len(items), "bad": faults})
+                bad += faults
+                if len(bad) > config.max_bad_share * sum(len(i) for _, i in shards):
+                    raise DataError(
+                        f"{len(bad)} items are unusable, above max_bad_share={config.max_bad_share}; first: {bad[0]}"
+                    )
+                stop.check(f"shards up to {name} are in {config.folder}")
+            outputs.append(path)
+            split = name.rpartition("-")[0]
+            counts[split] = counts.get(split, 0) + len(items)
+            progress.advance(count=len(items))
+    progress.close()
+    for fault in bad[:20]:
+        logger.warning("left out: %s", fault)
+    metrics = {f"{split}_records": float(count) for split, count in counts.items()}
+    return StageResult(config.folder, tuple(outputs), {**metrics, "bad_items": float(len(bad))})
+
+
+def _plan(sources: list[Source], records_per_shard: int) -> list[tuple[str, list[tuple[Source, Any]]]]:
+    """(file name, items) of every shard."""
+    by_split: dict[str, list[tuple[Source, Any]]] = {}
+    for source in sources:
+        for split, items in source.items().items():
+            by_split.setdefault(split, []).extend((source, item) for item in items)
+    return [
+        (f"{split}-{number:05d}.tar", items[start : start + records_per_shard])
+        for split, items in by_split.items()
+        for number, start in enumerate(range(0, len(items), records_per_shard))
+    ]
+
+
+def _make_shard(path: Path, items: list[tuple[Source, Any]], pool: ThreadPoolExecutor) -> list[str]:
+    """Write one shard; returns why items were left out."""
+    results = list(pool.map(_try_record, items))
+    temporary = path.with_name(f".tmp-{path.name}")
+    write_shard(temporary, (r for r in results if isinstance(r, Record)))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    return [fault for fault in results if isinstance(fault, str)]
+
+
+def _try_record(source_and_item: tuple[Source, Any]) -> Record | str:
+    source, item = source_and_item
+    try:
+        return source.record(item)
+    except (DataError, InputError) as error:
+        return str(error)

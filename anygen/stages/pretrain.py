@@ -1,0 +1,190 @@
+"""Stage `pretrain`: one causal transformer on documents of every direction, packed, by next-token prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from anygen.codebooks import OrderName
+from anygen.config import Config
+from anygen.data.coded import CodedStore
+from anygen.data.tasks import DocumentStream
+from anygen.documents import Tokenizers
+from anygen.errors import ConfigError, DataError
+from anygen.files import publishing, read_json, verify, write_json
+from anygen.layout import Layout
+from anygen.model.causal import ModelConfig, create_model, num_parameters
+from anygen.model.loss import LossWeights, NextTokenLoss, TensorBatch
+from anygen.packing import Packer
+from anygen.sequence import Sequence, Sequencer
+from anygen.stages.base import StageConfig, StageResult, open_text_tokenizer
+from anygen.stages.tokenize import coded_facts, open_media_tokenizers
+from anygen.training.loop import LoopConfig, seed_of, train
+from anygen.vocabulary import Vocabulary
+from tokenizers_mm import compat  # noqa: F401  before transformers
+from tokenizers_mm.codes import Modality
+from tokenizers_mm.regions import RegionTokenizer
+
+VALIDATION_EXAMPLES = 400
+
+
+class LayoutConfig(Config):
+    """How blocks are written; see `anygen.layout.Layout`."""
+
+    audio_order: OrderName = "flat"
+    audio_kept: int = Field(0, ge=0)
+    """Books of the sound codec that the transformer models; 0 means all."""
+    max_duration_s: float = Field(10.0, gt=0)
+    """Longest sound that the model may give."""
+
+
+class PretrainConfig(StageConfig):
+    """Recipe of the stage."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    model: ModelConfig = ModelConfig()
+    layout: LayoutConfig = LayoutConfig()
+    location_bins: int = Field(100, ge=2)
+    vokens: int = Field(8, ge=0)
+    """Ids kept for a voken decoder."""
+    mixture: dict[str, float]
+    """Direction to weight; see `anygen.data.tasks`."""
+    drop_share: float = Field(0.1, ge=0, le=1)
+    """Share of examples that learn to answer without their inputs (classifier-free guidance)."""
+    loss_weights: dict[str, float] = {}
+    """Weight by modality of the label: text, control, image, audio, region; 1 where not named."""
+    input_weight: float = Field(0.0, ge=0)
+    """Weight of predicting the inputs themselves."""
+    z_loss: float = Field(1e-4, ge=0)
+    row_length: int = Field(2048, ge=64)
+    rows_per_batch: int = Field(2, ge=1)
+    pool_size: int = Field(256, ge=1)
+    """Look-ahead of the packer, in documents."""
+    loop: LoopConfig
+
+
+def main(config: PretrainConfig) -> StageResult:
+    """Train and save `model/`: a Qwen3 checkpoint with the vocabulary and layout beside it."""
+    tokenizers = open_tokenizers(config.root, location_bins=config.location_bins)
+    layout = _layout(config, tokenizers)
+    vocabulary = Vocabulary.of(tokenizers, audio_codebooks=layout.orders["audio"].num_kept, voken=config.vokens)
+    sequencer = Sequencer(vocabulary, layout)
+    model = create_model(config.model, vocabulary, seed=config.loop.seed)
+    trainee = _Pretraining(config, model, sequencer, tokenizers)
+    metrics = train(trainee, config.loop, config.folder, title="pretrain")
+    with publishing(config.folder / "model") as folder:
+        model.save_pretrained(folder)
+        write_json(folder / "vocabulary.json", vocabulary.manifest())
+        write_json(folder / "layout.json", layout.to_json())
+    metrics["parameters"] = float(num_parameters(model))
+    return StageResult(config.folder, (config.folder / "model",), metrics)
+
+
+def open_tokenizers(root: Path, *, location_bins: int) -> Tokenizers:
+    """The tokenizers that a run has made so far, and the location bins."""
+    image, audio = open_media_tokenizers(root)
+    tokenizers: dict[Modality, Any] = {"text": open_text_tokenizer(root), "region": RegionTokenizer(location_bins)}
+    if image is not None:
+        tokenizers["image"] = image
+    if audio is not None:
+        tokenizers["audio"] = audio
+    return tokenizers
+
+
+def _layout(config: PretrainConfig, tokenizers: Tokenizers) -> Layout:
+    image, audio = tokenizers.get("image"), tokenizers.get("audio")
+    rate_hz = (audio.rate_hz if audio else None) or 1.0
+    return Layout(
+        image_codebooks=image.num_codebooks if image else 1,
+        audio_codebooks=audio.num_codebooks if audio else 1,
+        audio_order=config.layout.audio_order,
+        audio_kept=config.layout.audio_kept,
+        native_grid_hw=(image.grid_hw if image else None) or (8, 8),
+        native_frames=max(1, round(2.0 * rate_hz)),
+        max_frames=max(1, round(config.layout.max_duration_s * rate_hz)),
+    )
+
+
+class _Pretraining:
+    def __init__(self, config: PretrainConfig, model: Any, sequencer: Sequencer, tokenizers: Tokenizers) -> None:
+        self._sequencer = sequencer
+        self._weights = LossWeights(sequencer.vocabulary, _checked(config.loss_weights), inputs=config.input_weight)
+        self._pad_id = sequencer.vocabulary.control("pad")
+        facts = coded_facts(tokenizers.get("image"), tokenizers.get("audio"))  # type: ignore[arg-type]
+        self._stream = self._open(config, tokenizers, facts, "train", drop_share=config.drop_share)
+        self._held_out = self._open(config, tokenizers, facts, "validation", drop_share=0.0)
+        self._packer = self._packer_of(config, self._stream)
+        self._config = config
+        self._model = model
+        self.module: nn.Module = NextTokenLoss(model, sequencer.vocabulary, z_loss=config.z_loss)
+
+    @staticmethod
+    def _open(
+        config: PretrainConfig, tokenizers: Tokenizers, facts: dict[str, Any], split: str, *, drop_share: float
+    ) -> DocumentStream:
+        store = CodedStore((config.root / "tokenize").glob(f"{split}-*"), facts=facts)
+        seed = seed_of(config.loop.seed, split)
+        return DocumentStream(store, config.mixture, tokenizers, drop_share=drop_share, seed=seed)
+
+    def _packer_of(self, config: PretrainConfig, stream: DocumentStream) -> Packer:
+        def example(number: int) -> Sequence:
+            document, dropped = stream(number)
+            return self._sequencer.build(document, drop_inputs=dropped)
+
+        return Packer(
+            example,
+            row_length=config.row_length,
+            num_rows=config.rows_per_batch,
+            pool_size=config.pool_size,
+            pad_id=self._pad_id,
+        )
+
+    def next_batch(self) -> TensorBatch:
+        return self._weights.batch(self._packer.next_batch())
+
+    def to_device(self, batch: TensorBatch, device: torch.device) -> TensorBatch:
+        return batch.to(device)
+
+    def state(self) -> dict[str, Any]:
+        return self._packer.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._packer.load_state(state)
+
+    def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
+        packer = self._packer_of(self._config, self._held_out)
+        totals: dict[str, list[float]] = {}
+        while packer.state()["next_example"] < VALIDATION_EXAMPLES + self._config.pool_size:
+            loss, report = module(self._weights.batch(packer.next_batch()).to(device))
+            for name, value in {"loss": loss, **report}.items():
+                if name.endswith("_nats") or name == "loss":
+                    totals.setdefault(name, []).append(float(value))
+        return {name: sum(values) / len(values) for name, values in totals.items() if not any(v != v for v in values)}
+
+    def compile(self) -> None:
+        for layer in self._model.model.layers:
+            layer.compile()
+
+
+def _checked(weights: dict[str, float]) -> dict[str, float]:
+    known = ("text", "control", "image", "audio", "region", "voken")
+    for name, weight in weights.items():
+        if name not in known or weight < 0:
+            raise ConfigError(f"loss_weights: {name}={weight}; expected a weight of 0 or more for {', '.join(known)}")
+    return weights
+
+
+def load_pretrained(folder: Path) -> tuple[Any, Vocabulary, Layout]:
+    """What `main` saved: the model, its vocabulary and layout."""
+    from transformers import Qwen3ForCausalLM
+
+    if not folder.is_dir():
+        raise DataError(f"there is no pretrained model at {folder}: run the stage pretrain first")
+    verify(folder)
+    model = Qwen3ForCausalLM.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+    vocabulary = Vocabulary.from_manifest(read_json(folder / "vocabulary.json"))
+    return model, vocabulary, Layout.from_json(read_json(folder / "layout.json"))

@@ -1,0 +1,98 @@
+"""Stage `tokenize`: record shards to coded shards, one to one.
+
+Each shard is encoded alone and published atomically, so shards can be done in any order, by any number of processes,
+and again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from anygen.data.coded import CodedRecord, CodedUtterance, write_coded_shard
+from anygen.data.records import Record, RecordStore
+from anygen.errors import DataError
+from anygen.files import is_published, remove_leftovers
+from anygen.stages.base import StageConfig, StageResult
+from anygen.training.interrupts import StopRequest
+from anygen.training.metrics import Progress
+from tokenizers_mm.audio import AudioTokenizer
+from tokenizers_mm.codes import Codes
+from tokenizers_mm.image import ImageTokenizer, square, to_pixels
+from tokenizers_mm.media import load_picture
+
+_BATCH = 64
+
+
+class TokenizeConfig(StageConfig):
+    """Recipe of the stage."""
+
+    stage: Literal["tokenize"] = "tokenize"
+
+
+def main(config: TokenizeConfig) -> StageResult:
+    """Encode every shard that is not there yet."""
+    image, audio = open_media_tokenizers(config.root)
+    facts = coded_facts(image, audio)
+    remove_leftovers(config.folder)
+    paths = sorted((config.root / "data").glob("*.tar"))
+    if not paths:
+        raise DataError(f"{config.root / 'data'} has no shards: run the stage data first")
+    progress = Progress("tokenize", len(paths))
+    folders = []
+    with StopRequest() as stop:
+        for path in paths:
+            folder = config.folder / path.stem
+            if not is_published(folder):
+                write_coded_shard(folder, _encode(RecordStore([path]), image, audio), facts=facts)
+                stop.check(f"shards up to {folder.name} are in {config.folder}")
+            folders.append(folder)
+            progress.advance()
+    progress.close()
+    return StageResult(config.folder, tuple(folders), {"shards": float(len(folders))})
+
+
+def open_media_tokenizers(root: Path) -> tuple[ImageTokenizer | None, AudioTokenizer | None]:
+    """The picture and sound tokenizers of a run, where it has them."""
+    image, audio = root / "image_tokenizer" / "tokenizer", root / "audio_tokenizer" / "tokenizer"
+    return (
+        ImageTokenizer.load(image) if image.is_dir() else None,
+        AudioTokenizer.load(audio) if audio.is_dir() else None,
+    )
+
+
+def coded_facts(image: ImageTokenizer | None, audio: AudioTokenizer | None) -> dict[str, Any]:
+    """What coded shards depend on."""
+    return {
+        "image": image.fingerprint if image else None,
+        "audio": audio.fingerprint if audio else None,
+    }
+
+
+def _encode(store: RecordStore, image: ImageTokenizer | None, audio: AudioTokenizer | None) -> Iterator[CodedRecord]:
+    for start in range(0, len(store), _BATCH):
+        records = [store[index] for index in range(start, min(start + _BATCH, len(store)))]
+        pictures = _encode_pictures(records, image)
+        for record, picture in zip(records, pictures, strict=True):
+            utterances = tuple(
+                CodedUtterance(u.text, u.voice, audio.encode(u.sound)) for u in record.utterances if audio is not None
+            )
+            yield CodedRecord(
+                record.key, record.kind, record.captions, picture, utterances, record.objects, record.questions
+            )
+
+
+def _encode_pictures(records: list[Record], image: ImageTokenizer | None) -> list[Codes | None]:
+    codes: list[Codes | None] = [None] * len(records)
+    places = [place for place, record in enumerate(records) if record.picture is not None and image is not None]
+    if not places or image is None:
+        return codes
+    side = image.config.side_px
+    loaded = [load_picture(picture) for place in places if (picture := records[place].picture) is not None]
+    codes_BN = image.encode_pixels(torch.stack([to_pixels(square(picture, side)) for picture in loaded]))
+    for place, codes_N in zip(places, codes_BN, strict=True):
+        codes[place] = Codes(codes_N.numpy()[None], "image", image.grid_hw)
+    return codes

@@ -1,0 +1,56 @@
+"""AdamW and its learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from anygen.config import Config
+
+
+class OptimizerConfig(Config):
+    """AdamW with linear warm-up and decay."""
+
+    lr: float = Field(1e-3, gt=0)
+    """Highest learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.1, ge=0)
+    """Applied to matrices only, not to norms, biases and vectors."""
+    warmup_steps: int = Field(100, ge=0)
+    decay: Literal["cosine", "linear", "none"] = "cosine"
+    decay_share: float = Field(1.0, gt=0, le=1)
+    """Share of all steps over which the rate falls; before it is constant (warm-up, stable, decay)."""
+    min_lr_ratio: float = Field(0.05, ge=0, le=1)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Learning rate of step 0 ... num_steps - 1.
+
+    >>> config = OptimizerConfig(lr=1.0, warmup_steps=2, decay="linear", min_lr_ratio=0.0)
+    >>> [round(learning_rate(config, step, 6), 2) for step in range(6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    decay_start = max(config.warmup_steps, round(num_steps * (1 - config.decay_share)))
+    if config.decay == "none" or step < decay_start:
+        return config.lr
+    progress = (step - decay_start) / max(1, num_steps - decay_start)
+    shape = 1 - progress if config.decay == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
+
+
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters of `module`."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

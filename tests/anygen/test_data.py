@@ -1,0 +1,318 @@
+"""Records, sources, coded shards, orders, tasks: deterministic, safe to read, nothing lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from anygen.data.coded import CodedRecord, CodedStore, CodedUtterance, write_coded_shard
+from anygen.data.order import Mixture, Permutation
+from anygen.data.records import Record, RecordStore, Utterance, write_shard
+from anygen.data.sources import FolderSource, WebDatasetSource, flac_of, png_of, split_by_key
+from anygen.data.tasks import Direction, DocumentStream
+from anygen.errors import AnyGenError, CheckpointError, ConfigError, DataError
+from anygen.stages.data import DataConfig
+from anygen.stages.data import main as make_data
+from tokenizers_mm.codes import Codes
+from tokenizers_mm.media import Audio, Region
+
+PNG = png_of(Image.new("RGB", (4, 4), "red"))
+FLAC = flac_of(Audio(np.sin(np.arange(800) / 9).astype(np.float32) * 0.3, 8000))
+RECORD = Record(
+    "a-1",
+    "scene",
+    ("a cat", "cat"),
+    PNG,
+    (Utterance("a cat", "slt", FLAC), Utterance("cat", "espeak:en-us+f3", FLAC)),
+    (("cat", Region((0.0, 0.1, 0.5, 1.0))),),
+    (("how many cats are there?", "one"),),
+)
+
+
+def test_records_come_back_and_shards_are_equal_bytes(tmp_path: Path) -> None:
+    records = [RECORD, Record("b", captions=("only text",)), Record("c", picture=PNG)]
+    for name in ("x.tar", "y.tar"):
+        assert write_shard(tmp_path / name, records) == 3
+    assert (tmp_path / "x.tar").read_bytes() == (tmp_path / "y.tar").read_bytes()
+    store = RecordStore([tmp_path / "x.tar"])
+    assert list(store) == records
+    assert store.keys() == ["a-1", "b", "c"]
+    assert [store.has_picture(i) for i in range(3)] == [True, False, True]
+    assert [store.num_sounds(i) for i in range(3)] == [2, 0, 0]
+    assert store[0].utterances[0].audio(16_000).rate_hz == 16_000
+
+
+def test_shards_of_other_tools_are_read(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "w.tar", "w") as tar:
+        for name, data in (("000.jpg", PNG), ("000.txt", b"a photo\n"), ("./001.wav", FLAC), ("001.txt", b"hello")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    first, second = RecordStore([tmp_path / "w.tar"])
+    assert first.captions == ("a photo",) and first.picture == PNG
+    assert second.utterances == (Utterance("hello", "", FLAC),)
+
+
+def evil_tar(path: Path, name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> Path:
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, link
+        tar.addfile(info)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("../x.png", tarfile.REGTYPE),
+        ("/etc/x.png", tarfile.REGTYPE),
+        ("a/b.png", tarfile.REGTYPE),
+        ("x.png", tarfile.SYMTYPE),
+        ("x.png", tarfile.LNKTYPE),
+        ("x.png", tarfile.CHRTYPE),
+        ("x.png", tarfile.FIFOTYPE),
+        ("x.pyd", tarfile.REGTYPE),
+        ("x.pkl", tarfile.REGTYPE),
+        ("x", tarfile.REGTYPE),
+    ],
+)
+def test_members_that_no_shard_has_are_refused(tmp_path: Path, name: str, kind: bytes) -> None:
+    with pytest.raises(DataError, match="plain files"):
+        RecordStore([evil_tar(tmp_path / "e.tar", name, kind, "/etc/passwd")])
+
+
+def test_mutated_shards_are_typed_errors(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.tar", [RECORD, RECORD])
+    whole = (tmp_path / "x.tar").read_bytes()
+    chooser = np.random.default_rng(0)
+    for _ in range(300):
+        data = bytearray(whole)
+        for _ in range(int(chooser.integers(1, 8))):
+            data[int(chooser.integers(len(data)))] = int(chooser.integers(256))
+        (tmp_path / "m.tar").write_bytes(data[: int(chooser.integers(1, len(data) + 1))])
+        try:
+            for record in RecordStore([tmp_path / "m.tar"]):
+                for utterance in record.utterances:
+                    utterance.audio(8000)
+        except AnyGenError:
+            pass
+    with pytest.raises(DataError, match="no record shards"):
+        RecordStore([])
+
+
+def folder_of(root: Path, rows: list[dict[str, Any]]) -> Path:
+    root.mkdir()
+    (root / "cat.png").write_bytes(PNG)
+    (root / "hi.flac").write_bytes(FLAC)
+    (root / "broken.png").write_text("no picture")
+    (root / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def test_the_folder_source_reads_pictures_and_sounds_and_counts_bad_items(tmp_path: Path) -> None:
+    rows = [
+        {"file_name": "cat.png", "text": "a cat"},
+        {"file_name": "hi.flac", "text": "hi", "speaker": "bob"},
+        {"file_name": "broken.png", "text": "x"},
+        {"file_name": "absent.png", "text": "x"},
+        {"file_name": "../../etc/passwd", "text": "x"},
+        {"file_name": "notes.doc", "text": "x"},
+    ]
+    source = FolderSource(path=folder_of(tmp_path / "d", rows), held_out_field="speaker", held_out_value="bob")
+    config = DataConfig(root=tmp_path / "run", sources=[source], max_bad_share=0.9)
+    result = make_data(config)
+    assert result.metrics["bad_items"] == 4
+    records = [r for p in result.outputs for r in RecordStore([p])] if result.outputs else []
+    assert {r.captions for r in records} == {("a cat",), ("hi",)}
+    assert any(p.name.startswith("unheard") for p in result.outputs)
+    with pytest.raises(DataError, match="above max_bad_share"):
+        make_data(DataConfig(root=tmp_path / "strict", sources=[source], max_bad_share=0.1))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"file_name": 3}', "null"])
+def test_broken_metadata_names_the_line(tmp_path: Path, line: str) -> None:
+    root = folder_of(tmp_path / "d", [{"file_name": "cat.png", "text": "a cat"}])
+    with (root / "metadata.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match="line 2"):
+        FolderSource(path=root).open()
+    with pytest.raises(DataError, match=r"needs a metadata\.jsonl"):
+        FolderSource(path=tmp_path / "nowhere").open()
+
+
+def test_the_webdataset_source_splits_by_key(tmp_path: Path) -> None:
+    records = [Record(f"k{i}", captions=(f"caption {i}",), picture=PNG) for i in range(60)]
+    write_shard(tmp_path / "w.tar", records)
+    source = WebDatasetSource(path=tmp_path).open()
+    items = source.items()
+    assert sum(len(v) for v in items.values()) == 60 and items["validation"] and items["test"]
+    for split, indices in items.items():
+        assert all(split_by_key(source.record(i).key) == split for i in indices)
+    with pytest.raises(DataError):
+        WebDatasetSource(path=tmp_path / "nothing").open()
+
+
+def test_data_stage_is_deterministic_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    rows = [{"file_name": "cat.png", "text": f"cat {i}"} for i in range(7)]
+    source = FolderSource(path=folder_of(tmp_path / "d", rows))
+    runs = []
+    for name in ("a", "b"):
+        result = make_data(DataConfig(root=tmp_path / name, sources=[source], records_per_shard=2))
+        runs.append({p.name: p.read_bytes() for p in result.outputs})
+    assert runs[0] == runs[1] and len(runs[0]) == 4
+    victim = tmp_path / "a" / "data" / sorted(runs[0])[1]
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "data").glob("*.tar") if p != victim}
+    victim.unlink()
+    (tmp_path / "a" / "data" / ".tmp-left.tar").write_text("half")
+    make_data(DataConfig(root=tmp_path / "a", sources=[source], records_per_shard=2))
+    assert victim.read_bytes() == runs[0][victim.name]
+    assert kept == {p: p.stat().st_mtime_ns for p in kept}, "whole shards are not made again"
+    assert not list((tmp_path / "a" / "data").glob(".tmp-*"))
+
+
+# -- coded shards
+
+
+CODED = [
+    CodedRecord(
+        "a",
+        "emoji",
+        ("a cat", "cat"),
+        Codes(np.array([[1, 2, 3, 4]]), "image", (2, 2)),
+        (
+            CodedUtterance("a cat", "slt", Codes(np.array([[5, 6], [7, 8]]), "audio")),
+            CodedUtterance("a cat", "awb", Codes(np.array([[15, 1], [2, 3]]), "audio")),
+        ),
+    ),
+    CodedRecord("b", "scene", ("two cats",), Codes(np.array([[9, 9, 9, 9]]), "image", (2, 2)), (),
+                (("cat", Region((0.0, 0.0, 0.5, 0.5))), ("dog", Region((0.5, 0.5, 1.0, 1.0)))), (("how many?", "two"),)),
+    CodedRecord("c", "pair", ("words",)),
+]  # fmt: skip
+
+
+def test_coded_shards_come_back_and_know_their_tokenizers(tmp_path: Path) -> None:
+    facts = {"image": "x"}
+    write_coded_shard(tmp_path / "s0", CODED[:2], facts=facts)
+    write_coded_shard(tmp_path / "s1", CODED[2:], facts=facts)
+    store = CodedStore([tmp_path / "s1", tmp_path / "s0"], facts=facts)
+    assert len(store) == 3 and list(store) == CODED
+    with pytest.raises(DataError, match="other tokenizers"):
+        CodedStore([tmp_path / "s0"], facts={"image": "y"})
+    with pytest.raises(DataError, match="no coded shards"):
+        CodedStore([], facts=facts)
+    codes = tmp_path / "s0" / "codes.bin"
+    codes.write_bytes(codes.read_bytes()[:-2])
+    with pytest.raises(CheckpointError, match=r"codes\.bin"):
+        CodedStore([tmp_path / "s0"], facts=facts)
+
+
+def test_codes_beyond_uint16_are_refused(tmp_path: Path) -> None:
+    big = CodedRecord("a", "pair", (), Codes(np.array([[70_000]]), "image", (1, 1)))
+    with pytest.raises(DataError, match="uint16"):
+        write_coded_shard(tmp_path / "s", [big], facts={})
+    assert not (tmp_path / "s").exists()
+
+
+# -- orders
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**40))
+def test_permutations_are_permutations(size: int, seed: int) -> None:
+    permutation = Permutation(size, seed)
+    assert sorted(permutation(i) for i in range(size)) == list(range(size))
+
+
+def test_permutations_look_random_and_depend_on_the_seed() -> None:
+    orders = [[Permutation(1000, seed)(i) for i in range(1000)] for seed in range(20)]
+    assert len({tuple(o) for o in orders}) == 20
+    means = [np.corrcoef(o, np.arange(1000))[0, 1] for o in orders]
+    assert max(abs(m) for m in means) < 0.15
+    fixed = [sum(o[i] == i for i in range(1000)) for o in orders]
+    assert np.mean(fixed) < 4
+
+
+def test_mixture_keeps_proportions_and_epochs() -> None:
+    mixture = Mixture({"a": 3, "b": 1, "zero": 0}, {"a": 40, "b": 7, "zero": 0}, seed=1)
+    draws = [mixture(n) for n in range(4000)]
+    counts = {kind: sum(d.kind == kind for d in draws) for kind in ("a", "b")}
+    assert counts == {"a": 3000, "b": 1000}
+    items = [d.item for d in draws if d.kind == "a"]
+    for epoch in range(10):
+        assert sorted(items[40 * epoch : 40 * epoch + 40]) == list(range(40))
+    assert items[:40] != items[40:80]
+    assert len({d.seed for d in draws}) == 4000
+    assert mixture(1234) == Mixture({"a": 3, "b": 1}, {"a": 40, "b": 7}, seed=1)(1234), "no hidden state"
+
+
+@pytest.mark.parametrize("weights", [{}, {"a": 0}, {"a": -1}, {"b": 1}, {"a": 1, "c": 1e-9}])
+def test_impossible_mixtures(weights: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        Mixture(weights, {"a": 5, "c": 5}, seed=0)
+
+
+# -- tasks
+
+
+@pytest.mark.parametrize("text", ["", "text", "text>", "text>smell", "text-image", ">", "foo:bar"])
+def test_directions_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="not a direction"):
+        Direction.parse(text)
+
+
+def test_documents_hold_what_belongs_together() -> None:
+    record = CODED[0]
+    for text, modalities, targets in (
+        ("text>image", ("text", "image"), (False, True)),
+        ("image>text,audio", ("image", "text", "audio"), (False, True, True)),
+        ("audio>audio", ("audio", "audio"), (False, True)),
+        (">image", ("image",), (True,)),
+    ):
+        document = Direction.parse(text).document(record, random.Random(0))
+        assert tuple(s.modality for s in document.segments) == modalities
+        assert tuple(s.target for s in document.segments) == targets
+    spoken = Direction.parse("text>audio").document(record, random.Random(0))
+    assert spoken.segments[0].content == "a cat", "the text is what is said"
+    both = Direction.parse("text>text").document(record, random.Random(0))
+    assert {s.content for s in both.segments} == {"a cat", "cat"}, "two phrasings"
+    voices = Direction.parse("audio>audio").document(record, random.Random(0))
+    assert voices.segments[0].content != voices.segments[1].content, "two voices"
+    asked = Direction.parse("ask").document(CODED[1], random.Random(0))
+    assert [s.modality for s in asked.segments] == ["image", "text", "text"] and asked.task == "answer"
+    located = Direction.parse("locate").document(CODED[1], random.Random(0))
+    assert located.segments[2].content in [region for _, region in CODED[1].objects] and located.task == "locate"
+
+
+def test_directions_know_which_records_they_fit() -> None:
+    fits = {
+        t: [Direction.parse(t).fits(r) for r in CODED] for t in ("text>image", "scene:text>image", "text>audio", "ask")
+    }
+    assert fits == {
+        "text>image": [True, True, False],
+        "scene:text>image": [False, True, False],
+        "text>audio": [True, False, False],
+        "ask": [False, True, False],
+    }
+
+
+def test_the_stream_is_a_pure_function_of_the_number(tmp_path: Path, tokenizers: dict[str, Any]) -> None:
+    write_coded_shard(tmp_path / "s0", CODED, facts={})
+    store = CodedStore([tmp_path / "s0"], facts={})
+    weights = {"text>image": 2, "text>audio": 1, "locate": 1}
+    streams = [DocumentStream(store, weights, tokenizers, drop_share=0.25, seed=3) for _ in range(2)]
+    forwards = [streams[0](n) for n in range(200)]
+    backwards = [streams[1](n) for n in reversed(range(200))][::-1]
+    assert forwards == backwards
+    assert 25 < sum(dropped for _, dropped in forwards) < 75
+    with pytest.raises(ConfigError, match=r"asks for 'pair:text>image'"):
+        DocumentStream(store, {"pair:text>image": 1}, tokenizers, drop_share=0, seed=0)

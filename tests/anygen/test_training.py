@@ -1,0 +1,292 @@
+"""Training: resumed equals never stopped, faults stop before the update, checkpoints survive anything."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from anygen.errors import CheckpointError, TrainingError
+from anygen.files import is_published, publishing, remove_leftovers, verify
+from anygen.training import checkpoint
+from anygen.training.interrupts import Interrupted, StopRequest
+from anygen.training.loop import CHECKPOINTS, LoopConfig, seed_of, train
+from anygen.training.metrics import METRICS_FILE, MetricsLog, read_metrics
+from anygen.training.schedule import OptimizerConfig, learning_rate, make_optimizer
+
+
+class Toy(nn.Module):
+    """A regression with dropout (global randomness) and a buffer that learns on its own (as a codebook does)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.tied = self.linear  # shared tensors must survive a checkpoint
+        self.register_buffer("average", torch.zeros(3))
+
+    def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        x, y = batch[:, :4], batch[:, 4:]
+        out = nn.functional.dropout(self.linear(x), 0.3, self.training)
+        if self.training:
+            self.average.mul_(0.9).add_(0.1 * out.detach().float().mean(0))
+        loss = (out - y).square().mean()
+        return loss, {"error": loss.detach(), "absent": torch.tensor(math.nan)}
+
+
+class ToyTrainee:
+    def __init__(self, *, nan_at: int | None = None, kill_at: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.module: nn.Module = Toy()
+        self.position = 0
+        self.nan_at, self.kill_at = nan_at, kill_at
+        self.seen: list[int] = []
+
+    def next_batch(self) -> torch.Tensor:
+        if self.position == self.kill_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        random = np.random.default_rng(self.position)
+        self.seen.append(self.position)
+        batch = torch.from_numpy(random.normal(size=(8, 7)).astype(np.float32))
+        if self.position == self.nan_at:
+            batch[0, 0] = math.nan
+        self.position += 1
+        return batch
+
+    def to_device(self, batch: Any, device: torch.device) -> Any:
+        return batch.to(device)
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.position = state["position"]
+
+    def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
+        assert not module.training and not torch.is_grad_enabled()
+        return {"norm": float(self.module.linear.weight.norm())}  # type: ignore[union-attr]
+
+    def compile(self) -> None: ...
+
+
+def config_of(**changes: Any) -> LoopConfig:
+    values: dict[str, Any] = {"steps": 20, "precision": "fp32", "device": "cpu", "log_every": 1, "save_every": 4}
+    return LoopConfig(**{**values, **changes})
+
+
+def weights(trainee: ToyTrainee) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in trainee.module.state_dict().values()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_equals_never_stopped_bit_for_bit(tmp_path: Path, precision: str) -> None:
+    config = config_of(precision=precision)
+    straight = ToyTrainee()
+    train(straight, config, tmp_path / "straight", title="toy")
+    for stop in (1, 4, 7, 18):
+        folder = tmp_path / f"stop{stop}"
+        with pytest.raises(Interrupted) as caught:
+            train(ToyTrainee(kill_at=stop), config, folder, title="toy")
+        assert caught.value.exit_code == 143
+        resumed = ToyTrainee()
+        train(resumed, config, folder, title="toy")
+        assert resumed.seen[0] == stop + 1, "the step that was under way was finished and saved"
+        for left, right in zip(weights(straight), weights(resumed), strict=True):
+            assert torch.equal(left, right)
+        rows = [
+            [{k: v for k, v in row.items() if k != "step_s"} for row in read_metrics(f / METRICS_FILE)]
+            for f in (tmp_path / "straight", folder)
+        ]
+        assert rows[0] == rows[1], "every step stands once in the metrics, with the same figures"
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first, second = ToyTrainee(), ToyTrainee()
+    train(first, config_of(), tmp_path, title="toy")
+    figures = train(second, config_of(), tmp_path, title="toy")
+    assert second.seen == [] and "validation_norm" in figures
+    for left, right in zip(weights(first), weights(second), strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_nan_stops_before_the_update(tmp_path: Path) -> None:
+    clean = ToyTrainee()
+    train(clean, config_of(steps=6, optimizer=OptimizerConfig(decay="none")), tmp_path / "clean", title="toy")
+    broken = ToyTrainee(nan_at=6)
+    with pytest.raises(TrainingError, match=r"step 6: loss nan.*stopped before the update"):
+        train(broken, config_of(optimizer=OptimizerConfig(decay="none")), tmp_path / "broken", title="toy")
+    assert torch.equal(clean.module.linear.weight, broken.module.linear.weight)  # type: ignore[union-attr]
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "broken" / CHECKPOINTS)] == ["step-00000004"]
+
+
+def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
+    trainee = ToyTrainee()
+    state = torch.get_rng_state()
+    train(trainee, config_of(steps=3), tmp_path, title="toy")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_learning_rate_schedule_shape() -> None:
+    config = OptimizerConfig(lr=2.0, warmup_steps=10, decay="cosine", min_lr_ratio=0.1)
+    rates = [learning_rate(config, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert all(a >= b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[-1] == pytest.approx(0.2, abs=0.01)
+    stable = OptimizerConfig(lr=1.0, warmup_steps=0, decay="linear", decay_share=0.2, min_lr_ratio=0)
+    rates = [learning_rate(stable, step, 100) for step in range(100)]
+    assert rates[:80] == [1.0] * 80 and rates[90] == pytest.approx(0.5)
+
+
+def test_vectors_are_not_decayed() -> None:
+    optimizer = make_optimizer(Toy(), OptimizerConfig(weight_decay=0.3))
+    assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in optimizer.param_groups] == [
+        (0.3, [2]),
+        (0.0, [1]),
+    ]
+
+
+def test_seeds_depend_on_every_part() -> None:
+    assert len({seed_of(0, 1), seed_of(1, 0), seed_of(0, "1"), seed_of(0), seed_of(0, 1, 0)}) == 5
+
+
+# -- checkpoints
+
+
+def saved(folder: Path, steps: tuple[int, ...] = (1, 2)) -> tuple[Toy, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module = Toy()
+    optimizer = make_optimizer(module, OptimizerConfig())
+    for step in steps:
+        module(torch.randn(8, 7))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        checkpoint.save(folder, step, module, optimizer, {"position": step})
+    return module, optimizer
+
+
+def test_bit_rot_is_found_and_the_checkpoint_before_is_taken(tmp_path: Path) -> None:
+    saved(tmp_path)
+    newest = tmp_path / "step-00000002"
+    random = np.random.default_rng(0)
+    for number in range(100):
+        path = [newest / "state.safetensors", newest / "state.json"][number % 2]
+        whole = path.read_bytes()
+        data = bytearray(whole)
+        data[int(random.integers(len(data)))] ^= 1 << int(random.integers(8))
+        path.write_bytes(data if number % 3 else whole[: int(random.integers(len(whole)))])
+        assert not is_published(newest)
+        module = Toy()
+        restored = checkpoint.restore(tmp_path, module, make_optimizer(module, OptimizerConfig()))
+        assert restored is not None and restored.step == 1
+        path.write_bytes(whole)
+    assert is_published(newest)
+
+
+def test_every_syscall_of_a_save_may_fail_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise at the k-th write, fsync or rename of a save: the one before stays, and saving again works."""
+    module, optimizer = saved(tmp_path, (1,))
+    real = {"fsync": os.fsync, "rename": os.rename, "replace": os.replace}
+    fail_at = 0
+    while True:
+        fail_at += 1
+        calls = 0
+
+        def failing(name: str) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls == fail_at:
+                    raise OSError(28, "No space left on device")
+                return real[name](*args, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in real:
+                patch.setattr(os, name, failing(name))
+            try:
+                checkpoint.save(tmp_path, 2, module, optimizer, {})
+            except CheckpointError as error:
+                assert "No space left" in str(error) and "MiB free" in str(error)
+        if calls < fail_at:
+            break
+        assert is_published(tmp_path / "step-00000001")
+        assert checkpoint.restore(tmp_path, Toy(), make_optimizer(Toy(), OptimizerConfig())) is not None
+    assert fail_at > 5, "the save makes several such calls, and each one failed once"
+    assert is_published(tmp_path / "step-00000002")
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
+    saved(tmp_path, (1, 2, 3, 4))
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def test_state_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path)
+    other = nn.Linear(4, 3)
+    with pytest.raises(CheckpointError, match="of another model"):
+        checkpoint.restore(tmp_path, other, make_optimizer(other, OptimizerConfig()))
+
+    class Wider(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = self.tied = nn.Linear(5, 3)
+
+    with pytest.raises(CheckpointError):
+        checkpoint.restore(tmp_path, Wider(), make_optimizer(Wider(), OptimizerConfig()))
+
+
+def test_publishing_replaces_whole_folders_and_cleans_up(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with publishing(target) as folder:
+        (folder / "a").write_text("1")
+    with pytest.raises(RuntimeError), publishing(target) as folder:
+        (folder / "a").write_text("2")
+        raise RuntimeError
+    assert (target / "a").read_text() == "1"
+    with publishing(target) as folder:
+        (folder / "b").write_text("3")
+    assert sorted(p.name for p in target.iterdir()) == ["b", "manifest.json"]
+    verify(target)
+    (tmp_path / ".tmp-1-x").mkdir()
+    assert remove_leftovers(tmp_path) == 1 and not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/passwd"])
+def test_manifests_cannot_point_outside(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").write_text("x")
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(json.dumps({name: {"bytes": 1, "sha256": "0"}}))
+    with pytest.raises(CheckpointError, match="outside its folder"):
+        verify(folder)
+
+
+def test_metrics_survive_a_line_that_was_cut_short(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    for step in range(5):
+        log.write(step, {"loss": 1 / (step + 1)})
+    with (tmp_path / METRICS_FILE).open("a") as file:
+        file.write('{"step": 5, "lo')
+    MetricsLog(tmp_path, resume_step=3).write(3, {"loss": 9.0})
+    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / METRICS_FILE)] == [
+        (0, 1.0), (1, 0.5), (2, 0.33333), (3, 9.0)
+    ]  # fmt: skip
+
+
+def test_stop_requests_are_heard_and_handlers_restored() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_number == signal.SIGTERM
+        with pytest.raises(Interrupted, match="SIGTERM; all is saved: run the same command"):
+            stop.check("all is saved")
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -1,0 +1,157 @@
+"""EnCodec made here is EnCodec anywhere: equal codes in transformers, exact lengths, a start that listens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tokenizers_mm.audio import AudioTokenizer
+from tokenizers_mm.codes import Codes
+from tokenizers_mm.encodec import EncodecSize, TrainableEncodec, check_start, spread_of
+from tokenizers_mm.errors import CheckpointError, DataError, InputError, TrainingError
+from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
+from tokenizers_mm.media import Audio
+from tokenizers_mm.spectral import mel_distance
+
+SIZE = EncodecSize(rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=16, num_codebooks=2)
+
+
+def speech_like(seconds: float = 1.0, rate_hz: int = 8000) -> torch.Tensor:
+    time = torch.arange(int(seconds * rate_hz)) / rate_hz
+    pitch = 120 + 40 * torch.sin(2 * torch.pi * 2 * time)
+    phase = (2 * torch.pi * pitch / rate_hz).cumsum(0)
+    waves = sum(torch.sin(phase * k) / k for k in range(1, 12))
+    return (waves * 0.05 * (1 + torch.sin(2 * torch.pi * 3 * time)))[None]
+
+
+def test_exported_folder_opens_in_transformers_alone_with_equal_codes(
+    audio_tokenizer: AudioTokenizer, tmp_path: Path
+) -> None:
+    from transformers import EncodecModel
+
+    audio_tokenizer.save(tmp_path)
+    plain = EncodecModel.from_pretrained(tmp_path)
+    for seconds in (0.02, 0.5, 1.0, 1.37):
+        sound = speech_like(seconds)
+        ours = audio_tokenizer.encode((sound[0].numpy(), 8000)).codes_KT
+        bandwidth = max(plain.config.target_bandwidths)
+        theirs = plain.encode(sound[None], bandwidth=bandwidth).audio_codes[0, 0].numpy()
+        assert ours.shape == (2, int(np.ceil(sound.shape[1] / 160)))
+        assert np.array_equal(ours, theirs)
+    loaded = AudioTokenizer.load(tmp_path)
+    assert loaded.fingerprint == audio_tokenizer.fingerprint
+    codes = loaded.encode((speech_like()[0].numpy(), 8000))
+    assert np.array_equal(loaded.decode(codes).samples_T, audio_tokenizer.decode(codes).samples_T)
+
+
+def test_training_quantiser_and_exported_model_give_equal_codes() -> None:
+    torch.manual_seed(0)
+    codec = TrainableEncodec(SIZE, tokens_per_batch=200).train()
+    for _ in range(3):
+        codec.quantise(codec.latents(torch.cat([speech_like(), torch.randn(1, 8000) * 0.1])))
+    codec.eval()
+    with torch.no_grad():
+        _, expected, _ = codec.quantise(codec.latents(speech_like()))
+    model = codec.export()
+    found = model.encode(speech_like()[None], bandwidth=max(model.config.target_bandwidths)).audio_codes[0, 0]
+    assert torch.equal(found, expected[0])
+
+
+@pytest.mark.parametrize("num_samples", [1, 159, 160, 161, 8000, 12_345])
+def test_lengths(audio_tokenizer: AudioTokenizer, num_samples: int) -> None:
+    codes = audio_tokenizer.encode((np.zeros(num_samples, np.float32), 8000))
+    assert codes.num_steps == -(-num_samples // 160)
+    assert len(audio_tokenizer.decode(codes).samples_T) == codes.num_steps * 160
+
+
+def test_leading_codebooks_decode_alone_and_bad_codes_do_not(audio_tokenizer: AudioTokenizer) -> None:
+    codes = audio_tokenizer.encode(Audio(speech_like()[0].numpy(), 8000))
+    first = audio_tokenizer.decode(Codes(codes.codes_KT[:1], "audio"))
+    assert len(first.samples_T) == 8000
+    assert len(audio_tokenizer.decode(Codes(np.zeros((2, 0), int), "audio")).samples_T) == 0
+    with pytest.raises(DataError):
+        audio_tokenizer.decode(Codes(np.full((2, 3), 16), "audio"))
+    with pytest.raises(DataError):
+        audio_tokenizer.decode(Codes(np.zeros((3, 3), int), "audio"))
+    with pytest.raises(InputError):
+        audio_tokenizer.encode((np.array([np.nan], np.float32), 8000))
+
+
+def test_the_start_makes_the_encoder_listen() -> None:
+    """EnCodec's stock start gives latents that hardly depend on the sound; ours do."""
+    from transformers import EncodecModel
+
+    from tokenizers_mm.encodec import encodec_config
+
+    torch.manual_seed(0)
+    sound = speech_like()[:, None] * 0.5
+    size = EncodecSize()
+    stock = EncodecModel(encodec_config(size)).encoder(sound)
+    ours = TrainableEncodec(size, tokens_per_batch=100).latents(sound[:, 0])
+    assert spread_of(stock) < 0.3 < spread_of(ours)
+    check_start(ours)
+    with pytest.raises(TrainingError, match="hardly depends on the sound"):
+        check_start(stock)
+
+
+def test_istft_with_same_padding_inverts_an_stft() -> None:
+    """Fed the true spectrum of a sound, the overlap-add gives the sound back."""
+    decoder = InverseSTFTDecoder(InverseSTFTConfig(width=8, depth=1), latent_dim=4, hop=64)
+    sound = torch.randn(2, 64 * 20)
+    pad = (decoder.window - decoder.hop) // 2
+    padded = torch.nn.functional.pad(sound, (pad, pad))
+    frames = padded.unfold(1, decoder.window, decoder.hop) * decoder.hann
+    spectrum = torch.fft.rfft(frames, dim=-1).transpose(1, 2)
+    back = decoder._overlap_add(spectrum)
+    inner = slice(decoder.window, -decoder.window)
+    assert back.shape == sound.shape
+    assert (back - sound)[:, inner].abs().max() < 1e-4
+
+
+def test_mel_distance_is_zero_for_equal_and_grows_with_noise() -> None:
+    sound = speech_like()
+    noise = torch.randn(sound.shape, generator=torch.Generator().manual_seed(0))
+    distances = [float(mel_distance(sound + level * noise, sound, rate_hz=8000)) for level in (0.0, 0.01, 0.1)]
+    assert distances[0] == 0 and distances[0] < distances[1] < distances[2]
+
+
+@pytest.mark.slow
+def test_a_small_codec_learns() -> None:
+    torch.manual_seed(0)
+    codec = TrainableEncodec(SIZE, tokens_per_batch=200).train()
+    decoder = InverseSTFTDecoder(InverseSTFTConfig(width=32, depth=1), latent_dim=8, hop=160)
+    optimizer = torch.optim.Adam([*codec.parameters(), *decoder.parameters()], 2e-3)
+    losses = []
+    for step in range(60):
+        sound = torch.cat([speech_like() * gain for gain in (0.5, 1.0, 1.5)])
+        latents = codec.latents(sound)
+        if step >= 10:
+            latents, _, _ = codec.quantise(latents)
+        loss = mel_distance(decoder(latents), sound, rate_hz=8000)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_broken_folders(audio_tokenizer: AudioTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        AudioTokenizer.load(tmp_path)
+    audio_tokenizer.save(tmp_path)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"encodec"', '"llama"'))
+    with pytest.raises(CheckpointError, match="not of an EnCodec model"):
+        AudioTokenizer.load(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(CheckpointError):
+        AudioTokenizer.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    (tmp_path / "istft" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        AudioTokenizer.load(tmp_path)

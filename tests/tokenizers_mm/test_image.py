@@ -1,0 +1,239 @@
+"""VQ-KD: real distillation, exact codes, batches that do not matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenizers_mm.codes import Codes
+from tokenizers_mm.errors import CheckpointError, DataError, InputError
+from tokenizers_mm.image import ImageTokenizer, square, to_picture, to_pixels
+from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
+from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
+from tokenizers_mm.vit import Transformer, from_patches, positions, to_patches
+from tokenizers_mm.vqkd import VQKD, PictureEncoder, VQKDConfig
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random CLIP saved in the published layout."""
+    import json
+
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
+    return folder
+
+
+CONFIG = VQKDConfig(side_px=16, patch_px=8, width=32, depth=1, num_heads=2, codebook_size=16, code_dim=8)
+
+
+def test_patches_and_positions() -> None:
+    pixels = torch.rand(2, 3, 24, 16)
+    patches = to_patches(pixels, 8)
+    assert patches.shape == (2, 6, 192)
+    assert torch.equal(from_patches(patches, (3, 2), 8), pixels)
+    first = patches[0, 3].view(3, 8, 8)  # row 1, column 1
+    assert torch.equal(first, pixels[0, :, 8:16, 8:16])
+    table = positions((3, 4), 16, torch.device("cpu"))
+    assert table.shape == (12, 16) and len({tuple(row.tolist()) for row in table}) == 12
+    assert torch.equal(positions((5, 4), 16, torch.device("cpu"))[:12], table), "rows keep their place in larger grids"
+
+
+def test_training_and_inference_attention_agree() -> None:
+    torch.manual_seed(0)
+    transformer = Transformer(16, 2, 2)
+    x = torch.randn(2, 6, 16)
+    trained = transformer(x, (2, 3))
+    with torch.inference_mode():
+        inferred = transformer(x, (2, 3))
+    assert (trained - inferred).abs().max() < 1e-5
+
+
+def test_teacher_reads_a_clip_folder(clip_folder: Path) -> None:
+    from transformers import CLIPModel
+
+    teacher = VisionTeacher.from_pretrained(clip_folder, shallow_layer=1)
+    pixels = torch.rand(2, 3, 16, 16)
+    features = teacher(pixels)
+    assert features.deep_BND.shape == features.shallow_BND.shape == (2, 4, 24)
+    states = (
+        CLIPModel.from_pretrained(clip_folder)
+        .vision_model((pixels - 0.5) / 0.25, output_hidden_states=True)
+        .hidden_states
+    )
+    expected = torch.nn.functional.layer_norm(states[1][:, 1:], (24,))
+    assert (features.shallow_BND - expected).abs().max() < 1e-5
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_teacher_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no usable vision model"):
+        VisionTeacher.from_pretrained(tmp_path, shallow_layer=1)
+
+
+def train_vqkd(teacher: VisionTeacher, *, steps: int, dead_code_share: float) -> tuple[VQKD, list[float]]:
+    torch.manual_seed(0)
+    config = VQKDConfig(**{**CONFIG.to_json(), "dead_code_share": dead_code_share})
+    vqkd = VQKD(config, teacher_width=teacher.width, tokens_per_batch=32 * 4)
+    optimizer = torch.optim.AdamW(vqkd.parameters(), 3e-3)
+    losses = []
+    for _ in range(steps):
+        pixels = torch.rand(32, 3, 2, 2).repeat_interleave(8, 2).repeat_interleave(8, 3)  # one colour a patch
+        out = vqkd(pixels, teacher(pixels))
+        loss = out.deep + out.shallow + out.commitment
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(out.deep.detach()))
+    return vqkd.eval(), losses
+
+
+@pytest.mark.slow
+def test_vqkd_learns_the_teacher_and_uses_its_codebook(clip_folder: Path) -> None:
+    teacher = VisionTeacher.from_pretrained(clip_folder, shallow_layer=1)
+    vqkd, losses = train_vqkd(teacher, steps=150, dead_code_share=0.25)
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10]), "the loss to the teacher falls"
+    pixels = torch.rand(64, 3, 2, 2).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    codes = vqkd.encoder(pixels)[1]
+    assert len(codes.unique()) >= 14, f"{len(codes.unique())} of 16 codes are used"
+    norms = vqkd.encoder.codebook_KX.norm(dim=-1)
+    assert (norms - 1).abs().max() < 1e-4, "codes lie on the unit sphere"
+
+
+def test_gradients_reach_the_encoder_through_the_codes(clip_folder: Path) -> None:
+    teacher = VisionTeacher.from_pretrained(clip_folder, shallow_layer=1)
+    torch.manual_seed(0)
+    vqkd = VQKD(CONFIG, teacher_width=24, tokens_per_batch=128)
+    pixels = torch.rand(32, 3, 16, 16)
+    vqkd(pixels, teacher(pixels))  # starts the codebook
+    vqkd(pixels, teacher(pixels)).deep.backward()
+    gradient = vqkd.encoder.encoder.embed.weight.grad
+    assert gradient is not None and gradient.abs().sum() > 0
+
+
+def test_the_quantiser_stays_in_fp32_under_autocast() -> None:
+    torch.manual_seed(0)
+    encoder = PictureEncoder(CONFIG)
+    encoder.train()
+    encoder(torch.rand(64, 3, 16, 16))
+    encoder.eval()
+    seen = {}
+    handle = encoder.quantizer.register_forward_pre_hook(lambda m, a: seen.update(dtype=a[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        quantised, _, _ = encoder(torch.rand(2, 3, 16, 16))
+    handle.remove()
+    assert seen["dtype"] == torch.float32 and quantised.dtype == torch.float32
+
+
+# -- the tokenizer
+
+
+def test_codes_survive_saving_and_do_not_depend_on_the_batch(image_tokenizer: ImageTokenizer, tmp_path: Path) -> None:
+    pixels = torch.rand(9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = image_tokenizer.encode_pixels(pixels)
+    alone = torch.cat([image_tokenizer.encode_pixels(p[None]) for p in pixels])
+    assert torch.equal(together, alone)
+    image_tokenizer.save(tmp_path)
+    loaded = ImageTokenizer.load(tmp_path)
+    assert torch.equal(loaded.encode_pixels(pixels), together)
+    assert loaded.fingerprint == image_tokenizer.fingerprint
+    drawn = image_tokenizer.decode_codes(together, (2, 2))
+    assert torch.equal(loaded.decode_codes(together, (2, 2)), drawn)
+
+
+def test_the_fingerprint_sees_encoder_and_codebook_but_not_the_pixel_head(image_tokenizer: ImageTokenizer) -> None:
+    head = PixelHead(image_tokenizer.head_config, code_dim=4, patch_px=8)
+    other = ImageTokenizer(image_tokenizer.config, image_tokenizer.encoder, image_tokenizer.head_config, head)
+    assert other.fingerprint == image_tokenizer.fingerprint
+    import copy
+
+    encoder = copy.deepcopy(image_tokenizer.encoder)
+    encoder.quantizer._codebook.embed[0, 0, 0] += 0.5
+    changed = ImageTokenizer(image_tokenizer.config, encoder, image_tokenizer.head_config, head)
+    assert changed.fingerprint != image_tokenizer.fingerprint
+
+
+def test_any_grid_and_any_picture(image_tokenizer: ImageTokenizer) -> None:
+    codes = image_tokenizer.encode_pixels(torch.rand(1, 3, 24, 40))
+    picture = image_tokenizer.decode(Codes(codes.numpy(), "image", (3, 5)))
+    assert picture.size == (40, 24)
+    wide = Image.new("RGB", (50, 10), "red")
+    assert image_tokenizer.encode(wide).grid_hw == (2, 2)
+    squared = square(wide, 16)
+    assert squared.size == (16, 16) and squared.getpixel((8, 0)) == (255, 255, 255)
+
+
+def test_pixels_and_pictures_are_inverse() -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8))
+    assert to_picture(to_pixels(picture)).tobytes() == picture.tobytes()
+
+
+def test_bad_input(image_tokenizer: ImageTokenizer) -> None:
+    with pytest.raises(InputError, match="multiples of 8 px"):
+        image_tokenizer.encode_pixels(torch.rand(1, 3, 15, 16))
+    with pytest.raises(InputError, match="NaN"):
+        image_tokenizer.encode_pixels(torch.full((1, 3, 16, 16), float("nan")))
+    with pytest.raises(DataError, match="below 32"):
+        image_tokenizer.decode(Codes(np.full((1, 4), 32), "image", (2, 2)))
+
+
+def test_an_untrained_codebook_is_refused() -> None:
+    head_config = PixelHeadConfig(width=16, depth=1, num_heads=2)
+    head = PixelHead(head_config, code_dim=8, patch_px=8)
+    with pytest.raises(CheckpointError, match="no codebook yet"):
+        ImageTokenizer(CONFIG, PictureEncoder(CONFIG), head_config, head)
+
+
+@pytest.mark.parametrize("fault", ["missing", "kind", "shape", "junk", "field", "tensor"])
+def test_broken_folders(image_tokenizer: ImageTokenizer, tmp_path: Path, fault: str) -> None:
+    import json
+
+    image_tokenizer.save(tmp_path)
+    config = tmp_path / "config.json"
+    facts: Any = json.loads(config.read_text())
+    if fault == "missing":
+        config.unlink()
+    elif fault == "kind":
+        config.write_text(json.dumps({**facts, "kind": "vqgan"}))
+    elif fault == "shape":
+        facts["vqkd"]["codebook_size"] = 64
+        config.write_text(json.dumps(facts))
+    elif fault == "field":
+        facts["vqkd"]["colour"] = 1
+        config.write_text(json.dumps(facts))
+    elif fault == "junk":
+        (tmp_path / "model.safetensors").write_bytes(b"junk")
+    else:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors.pop("encoder.to_code.0.weight")
+        save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError):
+        ImageTokenizer.load(tmp_path)
+
+
+def test_vqkd_losses_are_cosine(clip_folder: Path) -> None:
+    from tokenizers_mm.vqkd import cosine_loss
+
+    target = TeacherFeatures(torch.randn(1, 4, 24), torch.randn(1, 4, 24)).deep_BND
+    assert float(cosine_loss(target * 3, target)) == pytest.approx(0.0, abs=1e-6)
+    assert float(cosine_loss(-target, target)) == pytest.approx(2.0, abs=1e-6)

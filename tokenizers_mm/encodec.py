@@ -1,0 +1,154 @@
+"""EnCodec made trainable: its encoder and quantiser learn here, and leave as a plain `transformers.EncodecModel`.
+
+transformers' EnCodec is inference only (no straight-through gradient, all-zero codebooks). In training the quantiser is
+`vector_quantize_pytorch.ResidualVQ`; its codebooks are copied into the model at the end, and give equal codes there.
+
+EnCodec's own start does not learn at small size: the untrained encoder's output hardly depends on its input (spread /
+mean 0.035), so the quantiser sees a constant. `start` repairs that within standard weights, and `check_start` refuses
+k-means on a constant.
+
+Source: EnCodec, arXiv 2210.13438. Dimension key: B sounds, T samples, N frames, K codebooks, L latent channels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vector_quantize_pytorch import ResidualVQ
+
+from tokenizers_mm import compat  # noqa: F401  before transformers
+from tokenizers_mm.errors import TrainingError
+
+_MIN_SPREAD = 0.3
+_INPUT_GAIN = 8.0
+
+
+@dataclass(frozen=True)
+class EncodecSize:
+    """Size of a codec trained here."""
+
+    rate_hz: int = 16_000
+    ratios: tuple[int, ...] = (8, 5, 4, 2)
+    """Strides, decoder order (the encoder has them reversed); their product is the hop."""
+    num_filters: int = 8
+    latent_dim: int = 64
+    lstm_layers: int = 1
+    codebook_size: int = 1024
+    """A power of two: transformers' EnCodec derives bits from it."""
+    num_codebooks: int = 1
+
+    @property
+    def hop(self) -> int:
+        """Samples per frame."""
+        return math.prod(self.ratios)
+
+
+def encodec_config(size: EncodecSize) -> Any:
+    """The `transformers.EncodecConfig` of a codec with exactly `num_codebooks` codebooks at full bandwidth."""
+    from transformers import EncodecConfig
+
+    frame_rate = math.ceil(size.rate_hz / size.hop)
+    bits = int(math.log2(size.codebook_size))
+    bandwidths = [k * bits * frame_rate / 1000 for k in range(1, size.num_codebooks + 1)]
+    return EncodecConfig(
+        target_bandwidths=bandwidths,
+        sampling_rate=size.rate_hz,
+        audio_channels=1,
+        normalize=False,
+        num_filters=size.num_filters,
+        upsampling_ratios=list(size.ratios),
+        hidden_size=size.latent_dim,
+        codebook_dim=size.latent_dim,
+        codebook_size=size.codebook_size,
+        num_lstm_layers=size.lstm_layers,
+        use_causal_conv=False,
+        norm_type="weight_norm",
+    )
+
+
+class TrainableEncodec(nn.Module):
+    """An EnCodec encoder with a quantiser that learns."""
+
+    def __init__(self, size: EncodecSize, *, tokens_per_batch: int, dead_code_share: float = 0.25) -> None:
+        super().__init__()
+        from transformers import EncodecModel
+
+        self.size = size
+        self.model = EncodecModel(encodec_config(size))
+        start(self.model)
+        self.quantizer = ResidualVQ(
+            dim=size.latent_dim,
+            codebook_size=size.codebook_size,
+            num_quantizers=size.num_codebooks,
+            decay=0.99,
+            kmeans_init=True,
+            kmeans_iters=20,
+            threshold_ema_dead_code=dead_code_share * tokens_per_batch / size.codebook_size,
+            rotation_trick=True,
+            quantize_dropout=size.num_codebooks > 1,
+        )
+
+    def latents(self, sound_BT: Tensor) -> Tensor:
+        """Waveforms to B x L x N, before the quantiser."""
+        return self.model.encoder(sound_BT[:, None])
+
+    def quantise(self, latents_BLN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(quantised B x L x N, codes B x K x N, commitment loss); always fp32. Dropped codebooks have code -1."""
+        with torch.autocast(latents_BLN.device.type, enabled=False):
+            quantised_BNL, codes_BNK, losses = self.quantizer(latents_BLN.float().transpose(1, 2))
+        return quantised_BNL.transpose(1, 2), codes_BNK.transpose(1, 2), losses.sum()
+
+    def export(self) -> Any:
+        """The `EncodecModel` with the learned codebooks in it."""
+        layers = self.model.quantizer.layers
+        for layer, learned in zip(layers[: self.size.num_codebooks], self.quantizer.layers, strict=True):
+            codebook = learned.codebook.detach().clone()
+            layer.codebook.embed.copy_(codebook)
+            layer.codebook.embed_avg.copy_(codebook)
+            layer.codebook.cluster_size.fill_(1.0)
+            layer.codebook.inited.fill_(True)
+        return self.model.eval()
+
+
+@torch.no_grad()
+def start(model: Any) -> None:
+    """Initial weights that let a small EnCodec learn; all of them remain standard EnCodec weights.
+
+    Zero biases; kaiming through the weight norm (gain 1.2); an input gain of 8 folded into the first convolution.
+    """
+    first = True
+    for module in model.encoder.modules():
+        if not isinstance(module, nn.Conv1d):
+            continue
+        if module.bias is not None:
+            module.bias.zero_()
+        norm: Any = module.parametrizations.weight  # type: ignore[union-attr]
+        nn.init.kaiming_normal_(norm.original1)
+        gain = 1.2 * (_INPUT_GAIN if first else 1.0)
+        norm.original0.copy_(gain * norm.original1.flatten(1).norm(dim=1).view_as(norm.original0))
+        first = False
+
+
+def spread_of(latents_BLN: Tensor) -> float:
+    """How much latents vary around their mean vector, relative to its length."""
+    frames_ML = latents_BLN.detach().float().transpose(1, 2).flatten(0, 1)
+    mean_L = frames_ML.mean(0)
+    return float((frames_ML - mean_L).pow(2).mean().sqrt() / mean_L.pow(2).mean().sqrt().clamp_min(1e-8))
+
+
+def check_start(latents_BLN: Tensor) -> None:
+    """Refuse to start a codebook on latents that hardly vary.
+
+    Raises:
+        TrainingError: the spread is below 0.3; k-means would give one code.
+    """
+    spread = spread_of(latents_BLN)
+    if spread < _MIN_SPREAD:
+        raise TrainingError(
+            f"the encoder's output hardly depends on the sound (spread {spread:.3f}, expected {_MIN_SPREAD} or more): "
+            "a codebook would collapse. Is the data silent, or was the start overwritten?"
+        )

@@ -1,0 +1,148 @@
+"""The picture tokenizer: a VQ-KD encoder with its codebook, and the pixel head that draws from its codes.
+
+Dimension key: B pictures, N patches, H x W pixels, C colours.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenizers_mm.codes import Codes, Modality, check_codes, fingerprint_of
+from tokenizers_mm.errors import CheckpointError, InputError
+from tokenizers_mm.media import PictureSource, load_picture
+from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
+from tokenizers_mm.vqkd import PictureEncoder, VQKDConfig
+from tokenizers_mm.weights import load_facts, load_weights, rounded, save_facts, save_weights
+
+KIND = "vqkd"
+_KEEP_FP32 = ("_codebook",)
+
+
+class ImageTokenizer:
+    """Pictures to one code a patch, and back.
+
+    A picture is padded to a square with white and scaled to the native side; `encode_pixels` takes any grid.
+    """
+
+    modality: Modality = "image"
+    num_codebooks = 1
+    rate_hz = None
+
+    def __init__(
+        self, config: VQKDConfig, encoder: PictureEncoder, head_config: PixelHeadConfig, pixel_head: PixelHead
+    ) -> None:
+        if not bool(encoder.quantizer._codebook.initted):
+            raise CheckpointError("this picture tokenizer has no codebook yet: train it first")
+        self.config, self.head_config = config, head_config
+        self.encoder, self.pixel_head = encoder, pixel_head
+        for module, keep in ((encoder, _KEEP_FP32), (pixel_head, ())):
+            rounded(module, keep=keep).eval().requires_grad_(False)
+        self.device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> ImageTokenizer:
+        """Move to a device; returns itself."""
+        self.encoder.to(device)
+        self.pixel_head.to(device)
+        self.device = device
+        return self
+
+    @property
+    def codebook_size(self) -> int:
+        """Entries of the codebook."""
+        return self.config.codebook_size
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Rows and columns of patches of a picture at native size."""
+        side = self.config.side_px // self.config.patch_px
+        return side, side
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what decides the codes: configuration, encoder and codebook, not the pixel head."""
+        arrays = {name: tensor.cpu().numpy() for name, tensor in self.encoder.state_dict().items()}
+        return fingerprint_of({"kind": KIND, **self.config.to_json()}, arrays)
+
+    def encode(self, media: PictureSource) -> Codes:
+        """One picture to 1 x N codes.
+
+        Raises:
+            InputError: not a picture, or beyond the limits of `tokenizers_mm.media`.
+        """
+        pixels_BCHW = to_pixels(square(load_picture(media), self.config.side_px))[None]
+        return Codes(self.encode_pixels(pixels_BCHW)[0].numpy()[None], "image", self.grid_hw)
+
+    @torch.inference_mode()
+    def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pixels in [0, 1] of any grid to B x N codes, on the CPU.
+
+        Raises:
+            InputError: sides that are not multiples of the patch, or values that are not finite.
+        """
+        patch = self.config.patch_px
+        if pixels_BCHW.shape[2] % patch or pixels_BCHW.shape[3] % patch:
+            raise InputError(f"picture sides must be multiples of {patch} px, got {tuple(pixels_BCHW.shape[2:])}")
+        if not torch.isfinite(pixels_BCHW).all():
+            raise InputError("the picture holds NaN or infinite pixels")
+        _, codes_BN, _ = self.encoder(pixels_BCHW.to(self.device))
+        return codes_BN.cpu()
+
+    def decode(self, codes: Codes) -> Image.Image:
+        """1 x N codes of any grid to a picture."""
+        check_codes(codes, "image", self.codebook_size, 1)
+        assert codes.grid_hw is not None
+        return to_picture(self.decode_codes(torch.from_numpy(codes.codes_KT.copy()), codes.grid_hw)[0])
+
+    @torch.inference_mode()
+    def decode_codes(self, codes_BN: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """B x N codes to pixels in [0, 1], on the CPU."""
+        vectors_BNX = self.encoder.codebook_KX[codes_BN.to(self.device)]
+        return self.pixel_head(vectors_BNX, grid_hw).clamp(0, 1).float().cpu()
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`."""
+        save_facts(folder, {"kind": KIND, "vqkd": self.config.to_json(), "pixel_head": self.head_config.to_json()})
+        save_weights(folder, {"encoder": self.encoder, "pixel_head": self.pixel_head}, keep=_KEEP_FP32)
+
+    @classmethod
+    def load(cls, folder: Path) -> ImageTokenizer:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, broken or of another kind.
+        """
+        facts = load_facts(folder, kind=KIND)
+        try:
+            config, head_config = VQKDConfig(**facts["vqkd"]), PixelHeadConfig(**facts["pixel_head"])
+            encoder = PictureEncoder(config)
+            head = PixelHead(head_config, code_dim=config.code_dim, patch_px=config.patch_px)
+        except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+            raise CheckpointError(f"{folder / 'config.json'} is broken: {error}") from error
+        load_weights(folder, {"encoder": encoder, "pixel_head": head})
+        return cls(config, encoder, head_config, head)
+
+
+def square(picture: Image.Image, side_px: int) -> Image.Image:
+    """Padded to a square with white, scaled to `side_px`."""
+    longest = max(picture.size)
+    if picture.size != (longest, longest):
+        canvas = Image.new("RGB", (longest, longest), "white")
+        canvas.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
+        picture = canvas
+    return picture if longest == side_px else picture.resize((side_px, side_px), Image.Resampling.LANCZOS)
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """An RGB picture as C x H x W in [0, 1]."""
+    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).float() / 255
+
+
+def to_picture(pixels_CHW: Tensor) -> Image.Image:
+    """The inverse of `to_pixels`."""
+    return Image.fromarray((pixels_CHW.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

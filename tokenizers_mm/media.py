@@ -1,0 +1,243 @@
+"""Media values and their bounded loaders: pictures (Pillow) and sounds (soundfile, soxr).
+
+Files are untrusted. A 9 KB PNG can hold 243 MB of pixels and a 0.7 MB FLAC 1.4 GB of samples, so every limit is on
+the *decoded* size and is checked before decoding. URLs are never opened.
+
+Dimension key: H rows, W columns, C colours, T samples.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from tokenizers_mm.errors import InputError
+
+FloatArray = npt.NDArray[np.float32]
+PictureSource = Image.Image | str | Path | bytes | npt.NDArray[Any]
+
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_PICTURE_BYTES = 25 * 2**20
+MAX_PICTURE_PIXELS = 64_000_000
+MAX_PICTURE_SIDE_PX = 16_384
+
+MAX_SOUND_BYTES = 50 * 2**20
+MAX_SOUND_DURATION_S = 60.0
+MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 192_000
+MAX_CHANNELS = 8
+
+# soundfile 0.14 bundles libsndfile 1.2.2, whose ADPCM and MAT4 readers have open CVEs: only these WAV codecs reach it.
+_WAV_PCM, _WAV_FLOAT, _WAV_EXTENSIBLE = 1, 3, 0xFFFE
+
+
+@dataclass(frozen=True, eq=False)
+class Audio:
+    """One mono sound: float32 samples in [-1, 1] and their rate."""
+
+    samples_T: FloatArray
+    rate_hz: int
+
+    @property
+    def duration_s(self) -> float:
+        """Length in seconds."""
+        return len(self.samples_T) / self.rate_hz
+
+    def save(self, path: str | Path) -> Path:
+        """Write as WAV, FLAC or OGG by the file's ending, 16 bit; samples beyond [-1, 1] are clipped."""
+        import soundfile  # loads libsndfile: not needed to handle text and pictures
+
+        path = Path(path)
+        clipped_T = np.clip(self.samples_T, -1.0, 1.0)
+        try:
+            soundfile.write(path, clipped_T, self.rate_hz)
+        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            raise InputError(f"cannot write the sound to {path}: {error}; use a name ending in .wav") from error
+        return path
+
+    def resampled(self, rate_hz: int) -> Audio:
+        """The same sound at another rate (soxr, high quality)."""
+        if rate_hz == self.rate_hz:
+            return self
+        import soxr
+
+        return Audio(soxr.resample(self.samples_T, self.rate_hz, rate_hz).astype(np.float32), rate_hz)
+
+
+SoundSource = Audio | str | Path | bytes | tuple[npt.NDArray[Any], int]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box (x0, y0, x1, y1) or a point (x, y) on a picture, as fractions of its width and height."""
+
+    values: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.values) not in (2, 4) or not all(0.0 <= value <= 1.0 for value in self.values):
+            raise InputError(f"a region is 2 or 4 fractions in [0, 1]: (x, y) or (x0, y0, x1, y1); got {self.values}")
+
+
+def load_picture(source: PictureSource) -> Image.Image:
+    """Any picture a user may pass, as an RGB PIL image, upright, transparency over white, first frame.
+
+    Args:
+        source: PIL image, path, encoded bytes, or uint8 array H x W, H x W x 3 or H x W x 4.
+
+    Raises:
+        InputError: missing or unreadable file, not a picture, or beyond the limits of this module.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    if isinstance(source, np.ndarray):
+        if (
+            source.dtype != np.uint8
+            or source.ndim not in (2, 3)
+            or (source.ndim == 3 and source.shape[2] not in (3, 4))
+        ):
+            raise InputError(
+                f"a picture array is uint8, H x W, H x W x 3 or H x W x 4; got {source.dtype} {source.shape}"
+            )
+        if 0 in source.shape:
+            raise InputError(f"a picture has at least one pixel; got an array of shape {source.shape}")
+        return _to_rgb(Image.fromarray(source))
+    data, name = _read_bytes(source, "picture", MAX_PICTURE_BYTES)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # our own limits follow; Pillow's bomb warning would only repeat them
+            picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+            width, height = picture.size
+            if width * height > MAX_PICTURE_PIXELS or max(width, height) > MAX_PICTURE_SIDE_PX:
+                raise InputError(
+                    f"{name} has {width} x {height} pixels; at most {MAX_PICTURE_PIXELS:,} pixels and "
+                    f"{MAX_PICTURE_SIDE_PX} per side are read: make it smaller first"
+                )
+            return _to_rgb(picture)
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, OverflowError, MemoryError) as error:
+        # UnidentifiedImageError is an OSError; DecompressionBombError comes as an Exception of its own below
+        raise InputError(
+            f"{name} is not a readable picture ({', '.join(PICTURE_FORMATS)}): {_first_line(error)}"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{name} claims too many pixels: {_first_line(error)}") from error
+
+
+def load_sound(source: SoundSource, *, rate_hz: int | None = None) -> Audio:
+    """Any sound a user may pass, mixed to mono, resampled to `rate_hz` where given.
+
+    Args:
+        source: `Audio`, path or bytes (WAV, FLAC, OGG), or `(array of T or T x channels, rate)`.
+        rate_hz: rate of the result; None keeps the sound's own.
+
+    Raises:
+        InputError: missing or unreadable file, no samples, NaN, or beyond the limits of this module.
+    """
+    if isinstance(source, Audio):
+        sound = _checked(source.samples_T, source.rate_hz, "the sound")
+    elif isinstance(source, tuple):
+        if len(source) != 2 or not isinstance(source[0], np.ndarray):
+            raise InputError("a sound in memory is a pair (numpy array of samples, rate in Hz)")
+        sound = _checked(source[0], source[1], "the sound")
+    else:
+        data, name = _read_bytes(source, "sound", MAX_SOUND_BYTES)
+        sound = _decode_sound(data, name)
+    return sound if rate_hz is None else sound.resampled(rate_hz)
+
+
+def _read_bytes(source: str | Path | bytes, kind: str, limit: int) -> tuple[bytes, str]:
+    if isinstance(source, bytes):
+        data, name = source, f"the {kind}"
+    elif isinstance(source, str | Path):
+        path, name = Path(source), str(source)
+        try:
+            if path.stat().st_size > limit:
+                raise InputError(f"{name} has {path.stat().st_size:,} bytes; a {kind} file may have {limit:,}")
+            data = path.read_bytes()
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the {kind} {name!r}: {_first_line(error)}") from error
+    else:
+        raise InputError(f"cannot use {type(source).__name__} as a {kind}; pass a path, bytes or an array")
+    if len(data) > limit:
+        raise InputError(f"{name} has {len(data):,} bytes; a {kind} may have {limit:,}")
+    if not data:
+        raise InputError(f"{name} is empty (0 bytes); expected a {kind}")
+    return data, name
+
+
+def _to_rgb(picture: Image.Image) -> Image.Image:
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # 16 bit and more: scale, do not clip
+        values_HW = np.asarray(picture, dtype=np.float64)
+        top = 65535.0 if values_HW.max(initial=0.0) > 255 else 255.0
+        picture = Image.fromarray((np.clip(values_HW / top, 0.0, 1.0) * 255).round().astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA", "P", "RGBa", "La"):
+        layer = picture.convert("RGBA")
+        white = Image.new("RGBA", layer.size, "white")
+        white.alpha_composite(layer)
+        picture = white
+    return picture.convert("RGB")
+
+
+def _decode_sound(data: bytes, name: str) -> Audio:
+    import soundfile
+
+    _check_container(data, name)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if not MIN_RATE_HZ <= file.samplerate <= MAX_RATE_HZ or not 1 <= file.channels <= MAX_CHANNELS:
+                raise InputError(
+                    f"{name} says {file.samplerate} Hz and {file.channels} channels; "
+                    f"{MIN_RATE_HZ} to {MAX_RATE_HZ} Hz and at most {MAX_CHANNELS} channels are read"
+                )
+            # The header's frame count can be a lie of 10^12: read up to one frame beyond the limit, which shows excess.
+            samples = file.read(int(MAX_SOUND_DURATION_S * file.samplerate) + 1, dtype="float32", always_2d=True)
+            return _checked(samples, file.samplerate, name)
+    except (soundfile.LibsndfileError, ValueError, OSError, MemoryError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{name} is not a readable sound (WAV, FLAC, OGG): {_first_line(error)}") from error
+
+
+def _check_container(data: bytes, name: str) -> None:
+    if data[:4] in (b"fLaC", b"OggS"):
+        return
+    position = data.find(b"fmt ", 12, 4096) if data[:4] == b"RIFF" and data[8:12] == b"WAVE" else -1
+    if position < 0 or len(data) < position + 10:
+        raise InputError(f"{name} is not a readable sound: expected a WAV, FLAC or OGG file")
+    (codec,) = struct.unpack_from("<H", data, position + 8)
+    if codec not in (_WAV_PCM, _WAV_FLOAT, _WAV_EXTENSIBLE):
+        raise InputError(f"{name} is a WAV file with codec {codec}; only PCM and float are read: convert it first")
+
+
+def _checked(samples: npt.NDArray[Any], rate_hz: Any, name: str) -> Audio:
+    if not isinstance(rate_hz, int | np.integer) or not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise InputError(f"{name} has rate {rate_hz!r}; expected an integer from {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz")
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= MAX_CHANNELS):
+        raise InputError(f"{name} has shape {samples.shape}; expected T or T x channels (at most {MAX_CHANNELS})")
+    if not np.issubdtype(samples.dtype, np.floating):
+        raise InputError(f"{name} has samples of type {samples.dtype}; expected floats in [-1, 1]")
+    if len(samples) == 0:
+        raise InputError(f"{name} has no samples")
+    if len(samples) > MAX_SOUND_DURATION_S * rate_hz:
+        raise InputError(f"{name} is longer than {MAX_SOUND_DURATION_S:.0f} s: cut it first")
+    mono_T = samples.mean(axis=1) if samples.ndim == 2 else samples
+    mono_T = np.ascontiguousarray(mono_T, dtype=np.float32)
+    if not np.isfinite(mono_T).all():
+        raise InputError(f"{name} holds NaN or infinite samples")
+    return Audio(mono_T, int(rate_hz))
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

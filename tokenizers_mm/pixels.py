@@ -1,0 +1,57 @@
+"""The pixel head: code vectors to pixels, a transformer over the grid and a small convolution over patch borders.
+
+Dimension key: B pictures, N patches, D width, X code dimension, C colours, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_mm.vit import Transformer, from_patches
+
+
+@dataclass(frozen=True)
+class PixelHeadConfig:
+    """Architecture; saved with the tokenizer."""
+
+    width: int = 256
+    depth: int = 4
+    num_heads: int = 8
+    refine_channels: int = 24
+    """Channels of the convolution at full size; 0 leaves it out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return asdict(self)
+
+
+class PixelHead(nn.Module):
+    """Draws pictures from code vectors."""
+
+    def __init__(self, config: PixelHeadConfig, *, code_dim: int, patch_px: int) -> None:
+        super().__init__()
+        self.patch_px = patch_px
+        self.embed = nn.Linear(code_dim, config.width)
+        self.transformer = Transformer(config.width, config.depth, config.num_heads)
+        channels = config.refine_channels
+        self.to_pixels = nn.Linear(config.width, (3 + channels) * patch_px**2)
+        self.refine = nn.Sequential(nn.GELU(), nn.Conv2d(channels, 3, 5, padding=2)) if channels else None
+
+    def forward(self, vectors_BNX: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """Code vectors to pixels B x C x H x W, about in [0, 1] but not clipped: a loss has gradients everywhere."""
+        patches = self.to_pixels(self.transformer(self.embed(vectors_BNX), grid_hw))
+        planes = from_patches(patches, grid_hw, self.patch_px)
+        pixels = planes[:, :3]
+        if self.refine is not None:
+            pixels = pixels + self.refine(planes[:, 3:])
+        return pixels * 0.5 + 0.5
+
+
+def pixel_loss(predicted_BCHW: Tensor, pixels_BCHW: Tensor) -> Tensor:
+    """L1 and MSE in equal parts: the first keeps edges, the second punishes wrong colours."""
+    predicted_BCHW = predicted_BCHW.float()
+    return F.l1_loss(predicted_BCHW, pixels_BCHW) + F.mse_loss(predicted_BCHW, pixels_BCHW)
