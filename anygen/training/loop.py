@@ -130,9 +130,10 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
             optimizer.zero_grad()
             meter.add({"loss": loss, "grad_norm": grad_norm, **report})
             done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
+            validates = done == config.steps or (config.validate_every and done % config.validate_every == 0)
+            if validates or done % config.log_every == 0:
                 values = meter.take() | {"lr": optimizer.param_groups[0]["lr"]}
-                if done == config.steps or (config.validate_every and done % config.validate_every == 0):
+                if validates:
                     values |= validate()
                 if accelerator.is_main_process:
                     log.write(step, values)
@@ -178,9 +179,9 @@ class _Meter:
 
 
 def _require_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-    if not (math.isfinite(float(loss)) and math.isfinite(float(grad_norm))):
+    if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
         raise TrainingError(
-            f"step {step}: loss {float(loss)}, gradient norm {float(grad_norm)}; stopped before the update. "
+            f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; stopped before the update. "
             "The last checkpoint is good: lower the learning rate, or look at the data of this step"
         )
 
