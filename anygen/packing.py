@@ -1,6 +1,6 @@
 """Leak-free packing: sequences of any length fill fixed rows; attention and positions restart at every sequence.
 
-Rows are filled best-fit from a look-ahead pool. The row starts with the oldest waiting sequence (so none starves), takes
+Rows are filled best-fit from a look-ahead pool. The row starts with the oldest waiting sequence (none starves), takes
 the longest that fit while there is much room, and ends with the one or two that leave the least of it. With a pool of a
 few hundred sequences a few ids in a thousand stay empty.
 
