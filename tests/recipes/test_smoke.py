@@ -115,10 +115,20 @@ def test_a_changed_recipe_moves_the_old_work_aside(undisturbed: tuple[Path, floa
     reference, _ = undisturbed
     root = tmp_path / "run"
     shutil.copytree(reference, root)
-    command = [sys.executable, "-c", "from anygen.cli import main; main()", "train", "recipes/smoke/text_tokenizer.yaml"]
+    command = [
+        sys.executable,
+        "-c",
+        "from anygen.cli import main; main()",
+        "train",
+        "recipes/smoke/text_tokenizer.yaml",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [*command, "vocabulary_size=400", "--root", str(root)], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "vocabulary_size=400", "--root", str(root)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
     assert (root / "old" / "text_tokenizer-1" / "text.model").is_file()
