@@ -22,7 +22,7 @@ Size = Literal["smoke", "nano", "tiny", "small", "base"]
 # width, layers, query heads, key/value heads, head width, MLP width
 _SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
     "smoke": (64, 2, 2, 1, 32, 128),
-    "nano": (384, 8, 6, 2, 64, 1024),
+    "nano": (320, 6, 5, 1, 64, 896),
     "tiny": (512, 8, 8, 2, 64, 1408),
     "small": (768, 12, 12, 4, 64, 2048),
     "base": (1024, 24, 16, 8, 64, 3072),

@@ -161,7 +161,7 @@ def test_loss_is_the_weighted_plain_loss_with_shifted_z_loss(tiny_model: Any, se
             total += weight * (nll + 1e-2 * log_z**2)
             weight_sum += weight
             if group == "image":
-                image_nll.append(float(nll))
+                image_nll.append(nll.item())
         at += len(sequence)
     assert float(loss) == pytest.approx(float(total / weight_sum), rel=1e-5)
     assert float(report["image_nats"]) == pytest.approx(float(np.mean(image_nll)), rel=1e-5)
@@ -182,6 +182,6 @@ def test_model_starts_near_uniform_and_is_reproducible(vocabulary: Vocabulary) -
 
 def test_config_dial_and_overrides(vocabulary: Vocabulary) -> None:
     config = qwen3_config(ModelConfig(size="nano", num_layers=3), vocabulary)
-    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (384, 3, vocabulary.size)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (320, 3, vocabulary.size)
     with pytest.raises(ConfigError, match="multiple of num_kv_heads"):
         qwen3_config(ModelConfig(num_heads=5, num_kv_heads=2), vocabulary)
