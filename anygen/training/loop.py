@@ -22,7 +22,6 @@ from anygen.config import Config
 from anygen.errors import TrainingError
 from anygen.training import checkpoint
 from anygen.training.interrupts import StopRequest
-from anygen.training.memory import keep_freed_memory
 from anygen.training.metrics import MetricsLog, Progress
 from anygen.training.schedule import OptimizerConfig, learning_rate, make_optimizer
 from tokenizers_mm import compat  # noqa: F401  accelerate looks at the same fragile packages as transformers
@@ -91,8 +90,6 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
         Interrupted: SIGTERM or SIGINT, after a checkpoint was saved.
     """
     accelerator = _accelerator(config)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     optimizer = make_optimizer(trainee.module, config.optimizer)
     restored = checkpoint.restore(folder / CHECKPOINTS, trainee.module, optimizer)
     start = restored.step if restored else 0
