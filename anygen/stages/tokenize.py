@@ -7,6 +7,7 @@ and again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,16 +74,19 @@ def coded_facts(image: ImageTokenizer | None, audio: AudioTokenizer | None) -> d
 
 
 def _encode(store: RecordStore, image: ImageTokenizer | None, audio: AudioTokenizer | None) -> Iterator[CodedRecord]:
-    for start in range(0, len(store), _BATCH):
-        records = [store[index] for index in range(start, min(start + _BATCH, len(store)))]
-        pictures = _encode_pictures(records, image)
-        for record, picture in zip(records, pictures, strict=True):
-            utterances = tuple(
-                CodedUtterance(u.text, u.voice, audio.encode(u.sound)) for u in record.utterances if audio is not None
-            )
-            yield CodedRecord(
-                record.key, record.kind, record.captions, picture, utterances, record.objects, record.questions
-            )
+    # sounds differ in length: one a thread keeps every core busy, where threads inside one sound would wait
+    with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for start in range(0, len(store), _BATCH):
+            records = [store[index] for index in range(start, min(start + _BATCH, len(store)))]
+            sounds = [u.sound for record in records for u in record.utterances] if audio is not None else []
+            codes = pool.map(audio.encode, sounds) if audio is not None else iter(())
+            for record, picture in zip(records, _encode_pictures(records, image), strict=True):
+                utterances = tuple(
+                    CodedUtterance(u.text, u.voice, next(codes)) for u in record.utterances if audio is not None
+                )
+                yield CodedRecord(
+                    record.key, record.kind, record.captions, picture, utterances, record.objects, record.questions
+                )
 
 
 def _encode_pictures(records: list[Record], image: ImageTokenizer | None) -> list[Codes | None]:
