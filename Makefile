@@ -21,7 +21,7 @@ check: .venv/dev
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anygen needs Python 3.11 or newer; set PYTHON=...")'
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv --clear .venv || { rm -rf .venv; exit 1; }
 
 .venv/base: .venv/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable .

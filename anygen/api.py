@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ from anygen._version import __version__
 from anygen.bundle import Bundle, load_bundle
 from anygen.documents import Segment
 from anygen.errors import InputError
-from anygen.grammar import Grammar
+from anygen.grammar import Grammar, Plan
 from anygen.request import Request
 from anygen.results import (
     Event,
@@ -111,7 +110,7 @@ class AnyGen:
                 yield from trackers[index].push(id, states[index])
         yield Finished(Output(tuple(self._sample(request, state) for state in states)))
 
-    def _states(self, request: Request) -> list[_State]:
+    def _states(self, request: Request) -> list[SampleState]:
         if request.decoder != "codes":
             raise InputError(
                 f"decoder={request.decoder!r}: this bundle carries "
@@ -141,11 +140,11 @@ class AnyGen:
         budget = request.max_new_tokens or min(self._default_budget(plan), room)
         options = request.options(self.bundle.defaults)
         return [
-            _State(prompt, dropped, self.grammar.start(plan, budget), options, generator, seed=seed)
+            SampleState(prompt, dropped, self.grammar.start(plan, budget), options, generator, seed=seed)
             for generator, seed in request.generators()
         ]
 
-    def _default_budget(self, plan: Any) -> int:
+    def _default_budget(self, plan: Plan) -> int:
         if plan.free:
             return _FREE_BUDGET
         costs = {
@@ -157,14 +156,14 @@ class AnyGen:
             for b in plan.blocks
         )
 
-    def _sample(self, request: Request, state: _State) -> Sample:
+    def _sample(self, request: Request, state: SampleState) -> Sample:
         control = self.bundle.vocabulary.control
         parsed = self.sequencer.parse(np.array([control("target"), *state.ids]))
         assert parsed.complete, f"the grammar let through what parse refuses: {parsed.problem}"
         provenance = {
             "anygen": __version__,
             "torch": str(torch.__version__),
-            "bundle": dict(self.bundle.provenance).get("name", self.bundle.folder.name),
+            "bundle": self.bundle.provenance.get("name", self.bundle.folder.name),
             "vocabulary": self.bundle.vocabulary.fingerprint,
             "request": request.describe(),
         }
@@ -175,11 +174,6 @@ class AnyGen:
     def decode(self, codes: Codes) -> Any:
         """Codes of any modality to media."""
         return self.bundle.tokenizers[codes.modality].decode(codes)
-
-
-@dataclass
-class _State(SampleState):
-    seed: int | None = None
 
 
 class _Tracker:

@@ -134,8 +134,6 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
         defaults = {str(name): SamplingOptions(**options) for name, options in facts["defaults"].items()}
         provenance = dict(facts["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{path / ANYGEN_JSON} is broken: {type(error).__name__}: {error}") from error
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     tokenizers = load_tokenizers(path / "tokenizers", vocabulary, target)

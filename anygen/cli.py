@@ -50,6 +50,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _leave(error: Exception) -> None:
     from tokenizers_mm.errors import AnyGenError
 
+    if isinstance(error, OSError) and not isinstance(error, AnyGenError):  # a full disk, a folder without permission
+        name = f": {error.filename}" if error.filename else ""
+        print(f"Error: {error.strerror or error}{name}", file=sys.stderr)
+        raise SystemExit(1) from None
     if not isinstance(error, AnyGenError):
         raise error
     print(f"Error: {error}", file=sys.stderr)
@@ -108,6 +112,7 @@ def generate(
         duration_s=duration_s,
     )
     request.inputs  # noqa: B018  a bad file is told before the model is loaded
+    out.mkdir(parents=True, exist_ok=True)
     result = AnyGen.from_pretrained(model).generate_batch([request])[0]
     files = result.save(out)
     if as_json:
@@ -129,7 +134,7 @@ def train(recipe: Path, overrides: OverridesArgument = None, root: RootOption = 
     """Run one stage: anygen train RECIPE.yaml key.sub=value ..."""
     from anygen.stages.run import load_recipe, run_stage
 
-    config = load_recipe(recipe, overrides or (), root=root or Path("runs") / recipe.resolve().parent.name)
+    config = load_recipe(recipe, overrides or (), root=root, default_root=Path("runs") / recipe.resolve().parent.name)
     _print_result(run_stage(config))
 
 
@@ -179,7 +184,7 @@ def evaluate(
 
     from anygen.api import AnyGen
     from anygen.errors import InputError
-    from anygen.evaluation.emoji import DIRECTIONS, evaluate_emoji
+    from anygen.evaluation.emoji import DIRECTIONS, FIGURES, evaluate_emoji
 
     unknown = set(direction or ()) - set(DIRECTIONS)
     if unknown:
@@ -189,10 +194,9 @@ def evaluate(
         _print_json({d: {g: dataclasses.asdict(s) for g, s in groups.items()} for d, groups in scores.items()})
         return
     for name, groups in scores.items():
-        figure = "accuracy" if name in ("text>image", "image>text", "audio>image") else "word error rate"
         for group, score in groups.items():
             interval = f"[{100 * score.low:5.1f}, {100 * score.high:5.1f}]"
-            print(f"{name:12} {group:14} {figure:15} {100 * score.value:5.1f} %  {interval}  n={score.count}")
+            print(f"{name:12} {group:14} {FIGURES[name]:15} {100 * score.value:5.1f} %  {interval}  n={score.count}")
 
 
 @app.command()
@@ -204,12 +208,15 @@ def tokenize(
 ) -> None:
     """Print the codes of media, and their ids in the model's vocabulary, as JSON."""
     from anygen.api import AnyGen
+    from anygen.errors import InputError
     from anygen.request import Request
 
     inputs = Request(text=text, image=image, audio=audio, output="any").inputs
     opened = AnyGen.from_pretrained(model)
     rows = []
     for segment in inputs:
+        if segment.modality not in opened.bundle.tokenizers:
+            raise InputError(f"this model has no {segment.modality} tokenizer")
         codes = opened.bundle.tokenizers[segment.modality].encode(segment.content)
         ids = opened.sequencer.block_ids(codes)
         rows.append(
@@ -244,7 +251,7 @@ def doctor(as_json: JsonOption = False) -> None:
         if not as_json:
             print(f"{finding.status:7} {finding.name:24} {finding.detail}", flush=True)
     if as_json:
-        _print_json([dataclasses.asdict(finding) for finding in findings])
+        _print_json({"findings": [dataclasses.asdict(finding) for finding in findings]})
     if any(finding.status == "broken" for finding in findings):
         raise typer.Exit(1)
 

@@ -5,9 +5,8 @@ frame t:
 
     flat        00 10 20 01 11 21 02 12 22 03 13 23      frame by frame
     sequential  00 01 02 03 10 11 12 13 20 21 22 23      book by book (MIO, arXiv 2409.17692)
-    delay       00 01 10 02 11 20 03 12 21 13 22 23      book k trails by k frames (MusicGen, arXiv 2306.05284,
-    serialised) coarse      00 01 02 03                              the first `num_kept` books, flat; the rest are a
-    decoder's work
+    delay       00 01 10 02 11 20 03 12 21 13 22 23      book k trails by k frames (MusicGen, arXiv 2306.05284)
+    coarse      00 01 02 03                              the first `num_kept` books, flat; a decoder adds the rest
 
 Dimension key: K codebooks, T frames, S sequence steps.
 """

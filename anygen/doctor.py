@@ -9,7 +9,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +42,14 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Look at packages, programs, device, disk, and generate once with the embedded model."""
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores")
-    yield from _packages()
-    yield from _programs()
-    yield _device()
-    yield _disk()
-    yield _smoke()
+    checks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "packages": _packages, "programs": _programs, "device": _device, "disk": _disk, "embedded model": _smoke
+    }  # fmt: skip
+    for name, check in checks.items():
+        try:
+            yield from check()
+        except Exception as error:  # a broken installation may raise anything: that is the finding
+            yield Finding(name, "broken", f"{type(error).__name__}: {error}")
 
 
 def _packages() -> Iterator[Finding]:
@@ -78,18 +81,19 @@ def _programs() -> Iterator[Finding]:
         yield Finding("emoji font", "absent", str(error))
 
 
-def _device() -> Finding:
+def _device() -> Iterator[Finding]:
     import torch
 
     from anygen.model.attention import find_xformers
 
     if not torch.cuda.is_available():
-        return Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads; attention by torch SDPA")
+        yield Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads; attention by torch SDPA")
+        return
     room = "xformers" if find_xformers() is not None else "torch SDPA"
-    return Finding("device", "ok", f"{torch.cuda.get_device_name()}; attention by {room}")
+    yield Finding("device", "ok", f"{torch.cuda.get_device_name()}; attention by {room}")
 
 
-def _disk() -> Finding:
+def _disk() -> Iterator[Finding]:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     start = time.monotonic()
     with tempfile.TemporaryFile(dir=Path.cwd()) as file:
@@ -97,23 +101,20 @@ def _disk() -> Finding:
         file.flush()
         os.fsync(file.fileno())
     speed = 8 / (time.monotonic() - start)
-    return Finding(
+    yield Finding(
         "disk", "ok" if free > 1 else "broken", f"{free:.0f} GiB free here, {speed:.0f} MiB/s written and flushed"
     )
 
 
-def _smoke() -> Finding:
+def _smoke() -> Iterator[Finding]:
     from anygen.api import AnyGen
 
-    try:
-        start = time.monotonic()
-        model = AnyGen.from_pretrained()
-        loaded = time.monotonic()
-        model.generate(text="a red apple", output="image")
-        return Finding(
-            "embedded model",
-            "ok",
-            f"loads in {loaded - start:.1f} s, draws a picture in {time.monotonic() - loaded:.2f} s",
-        )
-    except AnyGenError as error:
-        return Finding("embedded model", "broken", str(error))
+    start = time.monotonic()
+    model = AnyGen.from_pretrained()
+    loaded = time.monotonic()
+    model.generate(text="a red apple", output="image")
+    yield Finding(
+        "embedded model",
+        "ok",
+        f"loads in {loaded - start:.1f} s, draws a picture in {time.monotonic() - loaded:.2f} s",
+    )

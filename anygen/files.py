@@ -69,7 +69,12 @@ def publishing(folder: Path) -> Iterator[Path]:
         old = folder.with_name(f"{_TEMPORARY}{os.getpid()}-old-{folder.name}")
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
         _fsync(folder.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
@@ -77,7 +82,14 @@ def publishing(folder: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path) -> int:
-    """Delete temporary folders and files that a killed process left in `parent`; returns how many."""
+    """Delete temporary folders and files that a killed process left in `parent`; returns how many.
+
+    A folder that `publishing` had just moved aside when it was killed goes back to its place.
+    """
+    for old in sorted(parent.glob(f"{_TEMPORARY}*-old-*")):
+        place = parent / old.name.partition("-old-")[2]
+        if not place.exists():
+            old.rename(place)
     leftovers = list(parent.glob(f"{_TEMPORARY}*")) if parent.is_dir() else []
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -46,6 +46,7 @@ class Request:
     """
 
     text: str | None = None
+    """Where several are given, they stand in the order image, audio, text; `content` chooses another."""
     image: PictureSource | None = None
     """PIL image, path, or uint8 array H x W x 3."""
     audio: SoundSource | None = None
@@ -138,7 +139,7 @@ class Request:
         if self.content is not None:
             return tuple(_segment(item) for item in _flattened(self.content))
         given: list[Mapping[str, Any]] = []
-        for modality in ("text", "image", "audio"):
+        for modality in ("image", "audio", "text"):  # as in training: a question follows what it is about
             value = getattr(self, modality)
             if value is not None:
                 given.append({"type": modality, modality: value})

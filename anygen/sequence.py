@@ -165,10 +165,8 @@ class Sequencer:
     def block_ids(self, codes: Codes) -> IntArray:
         """One block, begin token to end token."""
         modality = codes.modality
-        if modality == "text":
-            body = self.vocabulary.to_ids("text", codes.codes_KT[0])
-        elif modality == "region":
-            body = self.vocabulary.to_ids("region", codes.codes_KT[0])
+        if modality in ("text", "region"):
+            body = self.vocabulary.to_ids(modality, codes.codes_KT[0])
         else:
             order = self.orders[modality]
             codes_S = order.apply(codes.codes_KT)

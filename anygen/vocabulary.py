@@ -209,8 +209,6 @@ class Vocabulary:
             names = tuple(manifest["control"])
             fingerprints = {str(k): str(v) for k, v in manifest["fingerprints"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"broken vocabulary manifest: {type(error).__name__} {error}") from error
         vocabulary = cls(ranges, names, fingerprints)
         expected = 0

@@ -80,6 +80,7 @@ class TrainableEncodec(nn.Module):
         self.size = size
         self.model = EncodecModel(encodec_config(size))
         start(self.model)
+        self.model.decoder.requires_grad_(False)  # the inverse-STFT decoder learns in its place
         self.quantizer = ResidualVQ(
             dim=size.latent_dim,
             codebook_size=size.codebook_size,

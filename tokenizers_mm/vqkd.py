@@ -1,7 +1,7 @@
 """VQ-KD: a ViT whose quantised outputs predict a frozen teacher's features (BEiT v2, arXiv 2208.06366).
 
-    pixels -> ViT -> Linear-Tanh-Linear -> codes on the unit sphere -> ViT -> Linear-Tanh-Linear -> teacher features,
-    cosine
+    pixels -> ViT -> Linear-Tanh-Linear -> codes on the unit sphere
+    codes -> ViT -> Linear-Tanh-Linear -> the teacher's features (cosine)
 
 Deviations from BEiT v2, each measured (reference figures: 9 % -> 100 % of the codebook used, +5 dB of drawable detail):
 dead codes are replaced, with a threshold set from the mean hits a code gets; gradients pass by the rotation trick

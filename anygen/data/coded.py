@@ -123,7 +123,9 @@ class _Shard:
         if found != facts:
             raise DataError(f"{folder} was made with other tokenizers (or settings) than this run's: tokenize again")
         self.folder = folder
-        self.rows = [json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+        self.rows = [
+            json.loads(line) for line in (folder / "records.jsonl").read_text(encoding="utf-8").split("\n") if line
+        ]
 
     @cached_property
     def _codes(self) -> Any:

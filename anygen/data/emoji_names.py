@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 TONE = re.compile(r"_(light|medium-light|medium|medium-dark|dark)_skin_tone")
 _HAIR = re.compile(r"^(man|woman|person)_(curly_hair|red_hair|white_hair|blond_hair|bald|beard)$")
@@ -53,8 +52,7 @@ class EmojiName:
     @property
     def plain(self) -> str:
         """The words in their usual order, parts parted by commas."""
-        hair = {"": "", "bald": "bald", "beard": "beard"}.get(self.hair, self.hair)
-        parts = [f"{self.subject} {self.facing}".strip(), hair, *(f"{tone} skin tone" for tone in self.tones)]
+        parts = [f"{self.subject} {self.facing}".strip(), self.hair, *(f"{tone} skin tone" for tone in self.tones)]
         return ", ".join(part for part in parts if part)
 
     @property

@@ -60,9 +60,11 @@ class Record:
 
 def write_shard(path: Path, records: Iterable[Record]) -> int:
     """Write records into one tar, byte for byte the same each time; returns how many."""
-    count = 0
+    count, seen = 0, set()
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for record in records:
+            assert record.key not in seen, f"two records have the key {record.key}: one would hide the other"
+            seen.add(record.key)
             for name, data in _members(record):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
@@ -172,7 +174,11 @@ def _read_record(path: Path, key: str, fields: dict[str, bytes]) -> Record:
         captions = list(facts.get("captions", ()))
         if "txt" in fields:
             captions.append(fields["txt"].decode("utf-8").strip())
-        sounds = {name.rpartition(".")[0]: data for name, data in fields.items() if name.split(".")[-1] in SOUND_TYPES}
+        sounds = {
+            name.rpartition(".")[0] or "voice": data
+            for name, data in fields.items()
+            if name.split(".")[-1] in SOUND_TYPES
+        }
         spoken = facts.get("utterances")
         if spoken is None:  # a shard of another tool: each sound says the first caption
             spoken = [{"text": captions[0] if captions else "", "voice": voice} for voice in sounds]

@@ -26,11 +26,21 @@ from anygen.data.records import PICTURE_TYPES, SOUND_TYPES, Record, RecordStore,
 from anygen.data.scenes import is_countable, make_scene
 from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak
 from anygen.errors import ConfigError, DataError
+from anygen.files import sha256_of
+from tokenizers_mm.codes import fingerprint_of
 from tokenizers_mm.media import Audio, load_picture, load_sound
 
 SplitName = Literal["train", "validation", "test", "unheard"]
 """`unheard` holds every name spoken by the voices that are never in training."""
 Items = dict[SplitName, list[Any]]
+
+
+class SourceConfig(Config):
+    """What every source's config can do."""
+
+    def listing(self) -> str | None:
+        """Fingerprint of the files the source lists; None where the config alone says what it holds."""
+        return None
 
 
 class Source(Protocol):
@@ -45,7 +55,7 @@ class Source(Protocol):
         ...
 
 
-class EmojiSource(Config):
+class EmojiSource(SourceConfig):
     """The emoji world: every emoji of the font drawn, captioned and spoken, and scenes of them."""
 
     kind: Literal["emoji"] = "emoji"
@@ -67,7 +77,7 @@ class EmojiSource(Config):
         return _EmojiWorld(self)
 
 
-class FolderSource(Config):
+class FolderSource(SourceConfig):
     """A folder of pictures and sounds with a `metadata.jsonl` (`file_name`, `text`): the ImageFolder layout."""
 
     kind: Literal["folder"] = "folder"
@@ -78,17 +88,30 @@ class FolderSource(Config):
     """A metadata field, such as `speaker`, whose `held_out_value` goes to the split `unheard`."""
     held_out_value: str | None = None
 
+    def listing(self) -> str | None:
+        """Hash of `metadata.jsonl`."""
+        path = self.path / "metadata.jsonl"
+        return sha256_of(path) if path.is_file() else None
+
     def open(self) -> Source:
         """The source itself."""
         return _Folder(self)
 
 
-class WebDatasetSource(Config):
+class WebDatasetSource(SourceConfig):
     """WebDataset tar shards: `{key}.jpg` or `{key}.wav` beside `{key}.txt`."""
 
     kind: Literal["webdataset"] = "webdataset"
     path: Path
     """A folder of *.tar files, or one file."""
+
+    def listing(self) -> str | None:
+        """Names and sizes of the shards."""
+        return fingerprint_of({path.name: path.stat().st_size for path in self.shards()})
+
+    def shards(self) -> list[Path]:
+        """The tar files, in order."""
+        return [self.path] if self.path.is_file() else sorted(self.path.glob("*.tar"))
 
     def open(self) -> Source:
         """The source itself."""
@@ -180,11 +203,13 @@ class _Folder:
         self.config = config
         path = config.path / "metadata.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028
         except OSError as error:
             raise DataError(
                 f"cannot read {path}: {error.strerror or error}; a data folder needs a metadata.jsonl"
             ) from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8: {error}") from error
         self.rows = [self._row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
     @staticmethod
@@ -194,7 +219,7 @@ class _Folder:
             assert isinstance(row["file_name"], str)
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise DataError(f"{path}, line {number}: expected a JSON object with file_name (and text)") from error
-        return dict(row)
+        return {**row, "line": number}  # one file may stand in several lines, with a caption each
 
     def items(self) -> Items:
         items: Items = {"train": [], "validation": [], "test": [], "unheard": []}
@@ -210,7 +235,7 @@ class _Folder:
         if not path.is_relative_to(root):
             raise DataError(f"metadata.jsonl names a file outside its folder: {item['file_name']!r}")
         text = str(item.get("text", item.get("caption", "")))
-        key = hashlib.sha256(str(item["file_name"]).encode()).hexdigest()[:20]
+        key = hashlib.sha256(json.dumps([item["file_name"], item["line"]]).encode()).hexdigest()[:20]
         ending = path.suffix.lower().lstrip(".")
         if ending in SOUND_TYPES:
             voice = "".join(c for c in str(item.get("speaker", "voice")) if c.isalnum()) or "voice"
@@ -224,7 +249,7 @@ class _Folder:
 
 class _WebDataset:
     def __init__(self, config: WebDatasetSource) -> None:
-        paths = [config.path] if config.path.is_file() else sorted(config.path.glob("*.tar"))
+        paths = config.shards()
         if not paths:
             raise DataError(f"{config.path} is not a .tar file and holds none")
         self._paths = paths

@@ -6,7 +6,9 @@ Every exhibit is generated with its own seed in one batch; beside each stands th
 from __future__ import annotations
 
 import dataclasses
+import importlib.resources
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -20,10 +22,12 @@ from PIL import Image
 from anygen._version import __version__
 from anygen.api import AnyGen
 from anygen.documents import Segment
+from anygen.errors import InputError
 from anygen.files import publishing
 from anygen.gallery.exhibits import Exhibit
 from anygen.gallery.spectrogram import draw_spectrogram
 from anygen.results import save_png
+from anygen.sampling.choose import OPTION_NAMES
 from anygen.training.metrics import Progress
 from tokenizers_mm.media import Audio, Region, load_sound
 
@@ -42,6 +46,7 @@ class Shown:
     """Relative to the page."""
     spectrogram: str = ""
     label: str = ""
+    """What a reader who cannot see or hear it is told."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,13 @@ def build_gallery(model: AnyGen, out: Path, exhibits: Sequence[Exhibit]) -> Path
     """Generate every exhibit and write the page; returns its path.
 
     An existing gallery at `out` is replaced once the new one is whole.
+
+    Raises:
+        InputError: `out` holds something that is not a gallery.
     """
+    out = out.resolve()
+    if out.exists() and not (out / "gallery.json").is_file() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a gallery: choose a new folder")
     progress = Progress("gallery", len(exhibits))
     answers = []
     for start in range(0, len(exhibits), _BATCH):
@@ -76,7 +87,13 @@ def build_gallery(model: AnyGen, out: Path, exhibits: Sequence[Exhibit]) -> Path
         for number, (exhibit, samples) in enumerate(zip(exhibits, answers, strict=True)):
             shown = tuple(
                 tuple(
-                    _show(segment, media, f"{number:02d}-{s}-{place}", {**sample.provenance, "seed": sample.seed})
+                    _show(
+                        segment,
+                        media,
+                        f"{number:02d}-{s}-{place}",
+                        {**sample.provenance, "seed": sample.seed},
+                        f"answer {s + 1} of {len(samples)}",
+                    )
                     for place, segment in enumerate(sample.segments)
                 )
                 for s, sample in enumerate(samples)
@@ -92,7 +109,7 @@ def build_gallery(model: AnyGen, out: Path, exhibits: Sequence[Exhibit]) -> Path
                     shown,
                     _show_real(exhibit, media),
                     exhibit.is_held_out,
-                    _command(exhibit, inputs),
+                    _command(exhibit, inputs, _model_option(model.bundle.folder, out)),
                 )
             )
         (folder / PAGE).write_text(render(cards, name=str(model.bundle.provenance.get("name", ""))), encoding="utf-8")
@@ -116,22 +133,22 @@ def render(cards: Sequence[Card], *, name: str) -> str:
     return environment.get_template("page.html.jinja").render(sections=sections, name=name, version=__version__)
 
 
-def _show(segment: Segment, media: Path, stem: str, provenance: dict[str, Any]) -> Shown:
+def _show(segment: Segment, media: Path, stem: str, provenance: dict[str, Any], label: str) -> Shown:
     content = segment.content
     if isinstance(content, Image.Image):
         save_png(content, media / f"{stem}.png", provenance)
-        return Shown("image", file=f"media/{stem}.png")
+        return Shown("image", file=f"media/{stem}.png", label=label)
     if isinstance(content, Audio):
-        return _show_sound(content, media, stem)
+        return _show_sound(content, media, stem, label)
     if isinstance(content, Region):
         return Shown("region", text=", ".join(f"{value:.2f}" for value in content.values))
     return Shown("text", text=str(content))
 
 
-def _show_sound(audio: Audio, media: Path, stem: str) -> Shown:
+def _show_sound(audio: Audio, media: Path, stem: str, label: str) -> Shown:
     audio.save(media / f"{stem}.flac")
     draw_spectrogram(audio).save(media / f"{stem}-spectrogram.png")
-    return Shown("audio", file=f"media/{stem}.flac", spectrogram=f"media/{stem}-spectrogram.png")
+    return Shown("audio", file=f"media/{stem}.flac", spectrogram=f"media/{stem}-spectrogram.png", label=label)
 
 
 def _show_input(kind: str, value: str | Path, media: Path, stem: str) -> Shown:
@@ -140,9 +157,9 @@ def _show_input(kind: str, value: str | Path, media: Path, stem: str) -> Shown:
     name = f"{stem}{value.suffix}"
     shutil.copyfile(value, media / name)
     if kind != "audio":
-        return Shown(kind, file=f"media/{name}")
+        return Shown(kind, file=f"media/{name}", label="given")
     draw_spectrogram(load_sound(value)).save(media / f"{stem}-spectrogram.png")
-    return Shown(kind, file=f"media/{name}", spectrogram=f"media/{stem}-spectrogram.png")
+    return Shown(kind, file=f"media/{name}", spectrogram=f"media/{stem}-spectrogram.png", label="given")
 
 
 def _show_real(exhibit: Exhibit, media: Path) -> tuple[Shown, ...]:
@@ -152,19 +169,26 @@ def _show_real(exhibit: Exhibit, media: Path) -> tuple[Shown, ...]:
     if "image" in exhibit.request.outputs and not any(kind == "image" for kind, _ in exhibit.inputs):
         name = f"real-{exhibit.real.picture.name}"
         shutil.copyfile(exhibit.real.picture, media / name)
-        shown.append(Shown("image", file=f"media/{name}"))
+        shown.append(Shown("image", file=f"media/{name}", label=f"the real emoji, {exhibit.real.text}"))
     return tuple(shown)
 
 
-def _command(exhibit: Exhibit, inputs: Sequence[Shown]) -> str:
+def _command(exhibit: Exhibit, inputs: Sequence[Shown], model_option: list[str]) -> str:
+    """The shell command that generates this again, in the folder of the page."""
     request = exhibit.request
-    words = ["anygen", "generate"]
+    words = ["anygen", "generate", *model_option]
     for shown in inputs:
         words += [f"--{shown.kind}", shown.file or shown.text]
     for output in request.outputs:
         words += ["--output", output]
-    for name in ("num_samples", "seed", "guidance_scale", "temperature"):
+    for name in ("task", "num_samples", "seed", *OPTION_NAMES, "max_new_tokens", "duration_s"):
         value = getattr(request, name)
         if value is not None and (name, value) not in (("num_samples", 1), ("seed", 0)):
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
+
+
+def _model_option(bundle: Path, out: Path) -> list[str]:
+    """How to name the model in the folder of the page; the embedded one needs no name."""
+    package = Path(str(importlib.resources.files("anygen"))).resolve()
+    return [] if bundle.resolve().is_relative_to(package) else ["--model", os.path.relpath(bundle.resolve(), out)]

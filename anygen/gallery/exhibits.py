@@ -76,7 +76,7 @@ def load_exhibits(path: Path | None = None) -> list[Exhibit]:
     source = path or _package_file("prompts.yaml")
     try:
         rows = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"cannot read the prompts {source}: {error}") from error
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"{source} is not a list of prompts")
@@ -108,13 +108,11 @@ def _exhibit(config: ExhibitConfig) -> Exhibit:
         real = embedded_emoji()[config.emoji]
     inputs = tuple(_input(spec, real) for spec in config.inputs)
     content = [{"type": modality, modality: value} for modality, value in inputs]
-    request = Request(
-        content=content,
-        output=tuple(config.output),  # type: ignore[arg-type]
-        num_samples=config.num_samples,
-        seed=config.seed,
-        **config.options,
-    )
+    arguments = {"content": content, "output": config.output, "num_samples": config.num_samples, "seed": config.seed}
+    try:
+        request = Request.of(arguments | config.options)
+    except TypeError as error:
+        raise ConfigError(f"options of the prompt: {error}") from error
     return Exhibit(config.section, request, inputs, real)
 
 

@@ -14,6 +14,7 @@ length.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def attend_sdpa(
     padded = _Gather.apply(packed, segments.gather, segments.scatter)
     plain = q_THD.device.type == "cpu" and q_THD.requires_grad
     mixed, at = [], 0
-    with sdpa_kernel(SDPBackend.MATH) if plain else sdpa_kernel(list(_ALL_BACKENDS)):
+    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
         for group in segments.groups:
             count, length = group.num_segments, group.padded_length
             rows = padded[at : at + count * length].view(count, length, -1, width).transpose(1, 2)
@@ -136,14 +137,6 @@ def attend_sdpa(
             mixed.append(o_nHLD.transpose(1, 2).reshape(count * length, -1))
     out: Tensor = _Scatter.apply(torch.cat(mixed), segments.gather, segments.scatter, segments.is_real)
     return out.view(num_ids, num_heads, width)
-
-
-_ALL_BACKENDS = (
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-)
 
 
 class _Gather(torch.autograd.Function):
@@ -180,6 +173,8 @@ def attend_xformers(
     """The xformers room: one block-diagonal causal call."""
     ops = find_xformers()
     assert ops is not None
+    # under autocast QK-norm gives fp32 queries and keys beside bf16 values; the kernels want one type
+    q_THD, k_TGD = q_THD.to(v_TGD.dtype), k_TGD.to(v_TGD.dtype)
     repeats = q_THD.shape[1] // k_TGD.shape[1]
     # Grouped (5-D) inputs are forward only in every xformers kernel: expand the keys and values.
     k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TGD, v_TGD))
@@ -200,7 +195,7 @@ def find_xformers() -> Any | None:
     try:
         return importlib.import_module("xformers.ops")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        logger.warning("xformers is not usable (%s): attention runs in the SDPA room, with the same results", error)
+        logger.warning("xformers is not usable (%s): attention runs on torch SDPA, with the same results", error)
         return None
 
 

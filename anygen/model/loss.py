@@ -28,6 +28,8 @@ class TensorBatch:
     positions_T: Tensor
     labels_T: Tensor
     weights_T: Tensor
+    target_T: Tensor
+    """True where the label is part of an answer, not of an input."""
     segments: Segments
 
     def to(self, device: torch.device) -> TensorBatch:
@@ -37,6 +39,7 @@ class TensorBatch:
             self.positions_T.to(device),
             self.labels_T.to(device),
             self.weights_T.to(device),
+            self.target_T.to(device),
             Segments(self.segments.lengths, device),
         )
 
@@ -67,6 +70,7 @@ class LossWeights:
             torch.from_numpy(packed.positions_T),
             torch.from_numpy(packed.labels_T),
             weights_T,
+            torch.from_numpy(packed.target_T),
             Segments(packed.lengths, torch.device("cpu")),
         )
 
@@ -112,7 +116,8 @@ class NextTokenLoss(nn.Module):
             z.append(log_z_C.square())
         nll_P, z_P = torch.cat(nll), torch.cat(z)
         loss = (weights_P * (nll_P + self._z_loss * z_P)).sum() / weights_P.sum().clamp_min(1e-8)
-        report = self._by_modality(nll_P.detach(), labels_P)
+        target_P = batch.target_T[predicts]
+        report = self._by_modality(nll_P.detach()[target_P], labels_P[target_P])
         report["hidden_norm"] = hidden_TD.detach().float().square().mean().sqrt()
         report["tokens"] = torch.tensor(float(len(batch.ids_T)))
         return loss, report

@@ -33,6 +33,8 @@ class SampleState:
     """By modality; `control` for ids between blocks."""
     generator: torch.Generator
     ids: list[int] = field(default_factory=list)
+    seed: int | None = None
+    """What `generator` was seeded with; reported only."""
 
     @property
     def is_guided(self) -> bool:

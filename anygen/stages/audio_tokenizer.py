@@ -148,9 +148,13 @@ class _CodecTraining:
             if len(samples_T) == 0:
                 continue
             sound_1T = torch.from_numpy(samples_T.copy())[None].to(device)
-            quantised_1LN, codes_1KN, _ = codec.quantise(codec.latents(sound_1T))
-            distances.append(mel_distance(decoder(quantised_1LN), sound_1T, rate_hz=codec.size.rate_hz))
-            codes.append(codes_1KN[0, 0].cpu())
+            latents_1LN = codec.latents(sound_1T)
+            if codec.quantizer.layers[0]._codebook.initted:  # else a first use would start it, on held-out sound
+                latents_1LN, codes_1KN, _ = codec.quantise(latents_1LN)
+                codes.append(codes_1KN[0, 0].cpu())
+            distances.append(mel_distance(decoder(latents_1LN), sound_1T, rate_hz=codec.size.rate_hz))
+        if not codes:
+            return {"mel": float(torch.stack(distances).mean())}
         usage, perplexity = usage_of(torch.cat(codes), codec.size.codebook_size)
         return {"mel": float(torch.stack(distances).mean()), "usage": usage, "perplexity": perplexity}
 

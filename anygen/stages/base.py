@@ -34,6 +34,10 @@ class StageConfig(Config):
         """Where this stage works."""
         return self.root / self.stage
 
+    def outside_inputs(self) -> Mapping[str, str]:
+        """Fingerprints of what the stage reads from outside the run; the stage is done anew when they change."""
+        return {}
+
 
 @dataclass(frozen=True)
 class StageResult:

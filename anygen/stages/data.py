@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from pydantic import Field
 from anygen.data.records import Record, write_shard
 from anygen.data.sources import AnySource, Source
 from anygen.errors import DataError, InputError
-from anygen.files import remove_leftovers, write_json
+from anygen.files import read_json, remove_leftovers, write_json
 from anygen.stages.base import StageConfig, StageResult
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import Progress
@@ -35,12 +36,26 @@ class DataConfig(StageConfig):
     max_bad_share: float = Field(0.01, ge=0, le=1)
     """Largest share of unusable items before the stage fails."""
 
+    def outside_inputs(self) -> Mapping[str, str]:
+        """What the sources list."""
+        return {
+            str(index): listing
+            for index, source in enumerate(self.sources)
+            if (listing := source.listing()) is not None
+        }
+
 
 def main(config: DataConfig) -> StageResult:
     """Make every shard that is not there yet."""
     config.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(config.folder)
     shards = _plan([source.open() for source in config.sources], config.records_per_shard)
+    for split in ("train", "validation"):
+        if not any(name.startswith(f"{split}-") for name, _ in shards):
+            raise DataError(
+                f"the sources hold {sum(len(items) for _, items in shards)} items, none of them in the split {split} "
+                "(5 % are validation, by the hash of their name): add more, a hundred or so"
+            )
     progress = Progress("data", sum(len(items) for _, items in shards))
     counts: dict[str, int] = {}
     bad: list[str] = []
@@ -48,14 +63,15 @@ def main(config: DataConfig) -> StageResult:
     with StopRequest() as stop, ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, items in shards:
             path = config.folder / name
-            if not path.exists():
-                faults = _make_shard(path, items, pool)
-                write_json(path.with_suffix(".json"), {"items": len(items), "bad": faults})
-                bad += faults
-                if len(bad) > config.max_bad_share * sum(len(i) for _, i in shards):
-                    raise DataError(
-                        f"{len(bad)} items are unusable, above max_bad_share={config.max_bad_share}; first: {bad[0]}"
-                    )
+            is_new = not path.exists()
+            if is_new:
+                _make_shard(path, items, pool)
+            bad += read_json(path.with_suffix(".json"))["bad"]
+            if len(bad) > config.max_bad_share * sum(len(i) for _, i in shards):
+                raise DataError(
+                    f"{len(bad)} items are unusable, above max_bad_share={config.max_bad_share}; first: {bad[0]}"
+                )
+            if is_new:
                 stop.check(f"shards up to {name} are in {config.folder}")
             outputs.append(path)
             split = name.rpartition("-")[0]
@@ -81,15 +97,16 @@ def _plan(sources: list[Source], records_per_shard: int) -> list[tuple[str, list
     ]
 
 
-def _make_shard(path: Path, items: list[tuple[Source, Any]], pool: ThreadPoolExecutor) -> list[str]:
-    """Write one shard; returns why items were left out."""
+def _make_shard(path: Path, items: list[tuple[Source, Any]], pool: ThreadPoolExecutor) -> None:
+    """Write one shard and, beside it, a JSON that says which items were left out and why."""
     results = list(pool.map(_try_record, items))
     temporary = path.with_name(f".tmp-{path.name}")
     write_shard(temporary, (r for r in results if isinstance(r, Record)))
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
+    faults = [fault for fault in results if isinstance(fault, str)]
+    write_json(path.with_suffix(".json"), {"items": len(items), "bad": faults})
     temporary.rename(path)
-    return [fault for fault in results if isinstance(fault, str)]
 
 
 def _try_record(source_and_item: tuple[Source, Any]) -> Record | str:

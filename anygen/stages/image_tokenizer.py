@@ -120,11 +120,14 @@ class _DistillationLoss(nn.Module):
 class _Pictures:
     """Batches of pixels; the part that both phases share."""
 
-    def __init__(self, pictures: PictureSet, held_out: PictureSet, batch_size: int, seed: int) -> None:
-        self._pictures, self._held_out = pictures, held_out
+    def __init__(
+        self, teacher: VisionTeacher, pictures: PictureSet, held_out: PictureSet, batch_size: int, seed: int
+    ) -> None:
+        self._teacher, self._pictures, self._held_out = teacher, pictures, held_out
         self._order = Shuffled(len(pictures), batch_size, seed=seed)
 
     def to_device(self, batch: Any, device: torch.device) -> Any:
+        self._teacher.to(device)  # no part of the trained module, so nobody else moves it
         return batch.to(device) if isinstance(batch, Tensor) else tuple(part.to(device) for part in batch)
 
     def state(self) -> dict[str, Any]:
@@ -144,7 +147,7 @@ class _Distillation(_Pictures):
         pictures: PictureSet,
         held_out: PictureSet,
     ) -> None:
-        super().__init__(pictures, held_out, config.batch_size, seed_of(config.vqkd_loop.seed, "vqkd"))
+        super().__init__(teacher, pictures, held_out, config.batch_size, seed_of(config.vqkd_loop.seed, "vqkd"))
         patches = (encoder_config.side_px // encoder_config.patch_px) ** 2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.vqkd_loop.seed, "vqkd"))
@@ -163,6 +166,7 @@ class _Distillation(_Pictures):
         return self._pictures.pixels(self._order.next())
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
+        self._teacher.to(device)
         codes = encode_all(self.losses.vqkd.encoder, self._held_out, device)
         usage, perplexity = usage_of(codes, self._codebook_size)
         deep = [self.losses.vqkd(p, self.losses._teacher[0](p)).deep for p in _batches(self._held_out, device)]
@@ -204,7 +208,7 @@ class _Drawing(_Pictures):
         pictures: PictureSet,
         held_out: PictureSet,
     ) -> None:
-        super().__init__(pictures, held_out, config.batch_size, seed_of(config.head_loop.seed, "head"))
+        super().__init__(teacher, pictures, held_out, config.batch_size, seed_of(config.head_loop.seed, "head"))
         self._tokenizer = tokenizer
         self._codes = encode_all(tokenizer.encoder, pictures, torch.device("cpu"))
         self.module: nn.Module = _DrawingLoss(
@@ -216,6 +220,8 @@ class _Drawing(_Pictures):
         return self._tokenizer.encoder.codebook_KX.cpu()[self._codes[items]], self._pictures.pixels(items)
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
+        self._tokenizer.encoder.to(device)
+        self._teacher.to(device)
         errors = []
         for pixels in _batches(self._held_out, device):
             codes = self._tokenizer.encoder(pixels)[1]

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from anygen.codebooks import OrderName
 from anygen.config import Config
 from anygen.data.coded import CodedStore
-from anygen.data.tasks import DocumentStream
+from anygen.data.tasks import Direction, DocumentStream
 from anygen.documents import Tokenizers
-from anygen.errors import ConfigError, DataError
+from anygen.errors import DataError
 from anygen.files import publishing, read_json, verify, write_json
 from anygen.layout import Layout
 from anygen.model.causal import ModelConfig, create_model, num_parameters
@@ -55,7 +56,9 @@ class PretrainConfig(StageConfig):
     """Direction to weight; see `anygen.data.tasks`."""
     drop_share: float = Field(0.1, ge=0, le=1)
     """Share of examples that learn to answer without their inputs (classifier-free guidance)."""
-    loss_weights: dict[str, float] = {}
+    loss_weights: dict[
+        Literal["text", "control", "image", "audio", "region", "voken"], Annotated[float, Field(ge=0)]
+    ] = {}
     """Weight by modality of the label: text, control, image, audio, region; 1 where not named."""
     input_weight: float = Field(0.0, ge=0)
     """Weight of predicting the inputs themselves."""
@@ -65,6 +68,13 @@ class PretrainConfig(StageConfig):
     pool_size: int = Field(256, ge=1)
     """Look-ahead of the packer, in documents."""
     loop: LoopConfig
+
+    @field_validator("mixture")
+    @classmethod
+    def _directions(cls, mixture: dict[str, float]) -> dict[str, float]:
+        for direction in mixture:  # a misspelt one is told before hours of tokenizer training
+            Direction.parse(direction)
+        return mixture
 
 
 def main(config: PretrainConfig) -> StageResult:
@@ -112,7 +122,9 @@ def _layout(config: PretrainConfig, tokenizers: Tokenizers) -> Layout:
 class _Pretraining:
     def __init__(self, config: PretrainConfig, model: Any, sequencer: Sequencer, tokenizers: Tokenizers) -> None:
         self._sequencer = sequencer
-        self._weights = LossWeights(sequencer.vocabulary, _checked(config.loss_weights), inputs=config.input_weight)
+        self._weights = LossWeights(
+            sequencer.vocabulary, {str(k): w for k, w in config.loss_weights.items()}, inputs=config.input_weight
+        )
         self._pad_id = sequencer.vocabulary.control("pad")
         facts = coded_facts(tokenizers.get("image"), tokenizers.get("audio"))  # type: ignore[arg-type]
         self._stream = self._open(config, tokenizers, facts, "train", drop_share=config.drop_share)
@@ -161,21 +173,15 @@ class _Pretraining:
         while packer.state()["next_example"] < VALIDATION_EXAMPLES + self._config.pool_size:
             loss, report = module(self._weights.batch(packer.next_batch()).to(device))
             for name, value in {"loss": loss, **report}.items():
-                if name.endswith("_nats") or name == "loss":
-                    totals.setdefault(name, []).append(float(value))
-        return {name: sum(values) / len(values) for name, values in totals.items() if not any(v != v for v in values)}
+                if name == "loss" or (
+                    name.endswith("_nats") and not math.isnan(value.item())
+                ):  # NaN: none in the batch
+                    totals.setdefault(name, []).append(value.item())
+        return {name: sum(values) / len(values) for name, values in totals.items()}
 
     def compile(self) -> None:
         for layer in self._model.model.layers:
             layer.compile()
-
-
-def _checked(weights: dict[str, float]) -> dict[str, float]:
-    known = ("text", "control", "image", "audio", "region", "voken")
-    for name, weight in weights.items():
-        if name not in known or weight < 0:
-            raise ConfigError(f"loss_weights: {name}={weight}; expected a weight of 0 or more for {', '.join(known)}")
-    return weights
 
 
 def load_pretrained(folder: Path) -> tuple[Any, Vocabulary, Layout]:

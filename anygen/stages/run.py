@@ -48,8 +48,16 @@ STAGES: dict[str, Stage] = {
 """Every stage, in the order in which a family runs them."""
 
 
-def load_recipe(path: Path, overrides: Iterable[str] = (), *, root: Path | None = None) -> StageConfig:
+def load_recipe(
+    path: Path, overrides: Iterable[str] = (), *, root: Path | None = None, default_root: Path | None = None
+) -> StageConfig:
     """The config in a recipe, with overrides.
+
+    Args:
+        path: of the recipe.
+        overrides: `key.sub=value`.
+        root: folder of the run, whatever the recipe says.
+        default_root: where neither `root` nor the recipe nor an override says one.
 
     Raises:
         ConfigError: unreadable, no such stage, or a key or value that does not fit, by name.
@@ -57,8 +65,10 @@ def load_recipe(path: Path, overrides: Iterable[str] = (), *, root: Path | None 
     values = merge(read_yaml(path), parse_overrides(overrides))
     if root is not None:
         values["root"] = root
+    elif default_root is not None:
+        values.setdefault("root", default_root)
     name = values.get("stage")
-    if name not in STAGES:
+    if not isinstance(name, str) or name not in STAGES:
         raise ConfigError(f"{path}: stage is {name!r}; expected one of {', '.join(STAGES)}")
     module = importlib.import_module(f"anygen.stages.{name}")
     return cast(StageConfig, build(getattr(module, STAGES[name].config_class), values, source=str(path)))
@@ -72,7 +82,9 @@ def run_folder(folder: Path, overrides: Iterable[str] = (), *, root: Path | None
     """
     recipes = _recipes_in(folder)
     shared, own = _overrides_by_stage(overrides, recipes)
-    if "root" in shared:
+    if root is None and "root" in shared:
+        if not shared["root"]:
+            raise ConfigError("root= names no folder")
         root = Path(str(shared["root"]))
     root = root or Path("runs") / folder.resolve().name
     configs = [load_recipe(recipes[name], own.get(name, ()), root=root) for name in STAGES if name in recipes]
@@ -129,7 +141,9 @@ def _identity(config: StageConfig) -> str:
             inputs[need] = read_json(path)["identity"]
         elif need not in ("image_tokenizer", "audio_tokenizer"):  # a run may do without pictures or without sound
             raise ConfigError(f"stage {config.stage} reads stage {need}, which has not been run in {config.root}")
-    return fingerprint_of({"config": config.model_dump(mode="json", exclude={"root"}), "inputs": inputs})
+    facts = {"config": config.model_dump(mode="json", exclude={"root"}), "inputs": inputs}
+    outside = config.outside_inputs()
+    return fingerprint_of(facts | ({"outside": outside} if outside else {}))
 
 
 def _done(config: StageConfig, identity: str) -> StageResult | None:
@@ -166,10 +180,10 @@ def _recipes_in(folder: Path) -> dict[str, Path]:
     recipes: dict[str, Path] = {}
     for path in sorted(folder.glob("*.yaml")):
         name = read_yaml(path).get("stage")
+        if not isinstance(name, str) or name not in STAGES:
+            raise ConfigError(f"{path}: stage is {name!r}; expected one of {', '.join(STAGES)}")
         if name in recipes:
             raise ConfigError(f"{path} and {recipes[name]} are both for stage {name!r}")
-        if name not in STAGES:
-            raise ConfigError(f"{path}: stage is {name!r}; expected one of {', '.join(STAGES)}")
         recipes[name] = path
     if not recipes:
         raise ConfigError(f"{folder} holds no recipes (*.yaml)")

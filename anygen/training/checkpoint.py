@@ -128,7 +128,11 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.T
     for key, tensor in tensors.items():
         _, index, name = key.split(".")
         state.setdefault(int(index), {})[name] = tensor
-    num_parameters = sum(len(group["params"]) for group in optimizer.param_groups)
-    if state and sorted(state) != list(range(num_parameters)):
-        raise CheckpointError(f"the optimizer state has {len(state)} parameters, this run has {num_parameters}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for place, slots in state.items():  # a parameter without gradients has no state
+        fits = place < len(parameters) and all(
+            t.ndim == 0 or t.shape == parameters[place].shape for t in slots.values()
+        )
+        if not fits:
+            raise CheckpointError(f"the optimizer state of parameter {place} does not fit this run's {len(parameters)}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from anygen.config import Config
-from anygen.errors import TrainingError
+from anygen.errors import ConfigError, TrainingError
 from anygen.training import checkpoint
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import MetricsLog, Progress
@@ -145,13 +146,13 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
     if start >= config.steps:  # a crash between the last step and the stage's end
         values = validate()
     save(config.steps)
-    accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+    accelerator.unwrap_model(module, keep_fp32_wrapper=False)  # takes the autocast wrapper off forward, in place
     trainee.module.eval()
     return values
 
 
 class _Meter:
-    """Means of reported tensors since the last `take`, without a device synchronisation per step."""
+    """Means of reported tensors since the last `take`; NaN, no data for it in this batch, is left out."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -190,6 +191,8 @@ def _accelerator(config: LoopConfig) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("training runs in one process for now: start it without torchrun or accelerate launch")
     # accelerate keeps one global state per process; stages that run after one another differ in precision
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=config.device == "cpu", mixed_precision="bf16" if config.precision == "bf16" else "no")

@@ -127,7 +127,7 @@ def test_generate_writes_what_it_says(bundle_folder: Path, files: Path, tmp_path
 
 def test_tokenize_prints_codes_and_ids(bundle_folder: Path, files: Path) -> None:
     result = anygen("tokenize", "--model", bundle_folder, "--text", "a red apple", "--image", files / "good.png")
-    text, image = json.loads(result.stdout)
+    image, text = json.loads(result.stdout)  # in the order of a question about a picture
     assert text["modality"] == "text" and len(text["ids"]) == len(text["codes"][0]) + 2
     assert image["grid"] == [2, 2] and len(image["codes"][0]) == 4
 

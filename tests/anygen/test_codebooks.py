@@ -37,12 +37,15 @@ def test_the_docstring_pictures_are_true() -> None:
     import anygen.codebooks as module
 
     codes = np.array([[10 * k + t for t in range(4)] for k in range(3)])
+    found = set()
     for line in (module.__doc__ or "").splitlines():
         name, _, rest = line.strip().partition(" ")
         if name in ("flat", "sequential", "delay", "coarse"):
+            found.add(name)
             kept = 1 if name == "coarse" else 3
             shown = [int(word) for word in rest.split() if word.isdigit()]
             assert CodebookOrder(name, 3, kept).apply(codes).tolist() == shown  # type: ignore[arg-type]
+    assert found == {"flat", "sequential", "delay", "coarse"}
 
 
 def test_impossible_orders_and_half_frames_are_refused() -> None:

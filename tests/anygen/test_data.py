@@ -60,7 +60,31 @@ def test_shards_of_other_tools_are_read(tmp_path: Path) -> None:
             tar.addfile(info, io.BytesIO(data))
     first, second = RecordStore([tmp_path / "w.tar"])
     assert first.captions == ("a photo",) and first.picture == PNG
-    assert second.utterances == (Utterance("hello", "", FLAC),)
+    assert second.utterances == (Utterance("hello", "voice", FLAC),)
+    write_shard(tmp_path / "ours.tar", [first, second])
+    assert RecordStore([tmp_path / "ours.tar"])[1].utterances == second.utterances
+
+
+def test_two_captions_of_one_file_are_two_records(tmp_path: Path) -> None:
+    rows = [{"file_name": "cat.png", "text": text} for text in ("a cat", "a tabby")]
+    source = FolderSource(path=folder_of(tmp_path / "d", rows)).open()
+    records = [source.record(item) for group in source.items().values() for item in group]
+    write_shard(tmp_path / "s.tar", records)
+    assert sorted(record.captions for record in RecordStore([tmp_path / "s.tar"])) == [("a cat",), ("a tabby",)]
+    with pytest.raises(AssertionError, match="two records have the key"):
+        write_shard(tmp_path / "t.tar", [records[0], records[0]])
+
+
+def test_bad_items_are_counted_again_after_a_restart(tmp_path: Path) -> None:
+    names = [f"cat{i}.png" for i in range(99)]
+    good = next(n for n in names if split_by_key(n) == "validation")
+    bad = [n for n in names if split_by_key(n) == "train"][:3]
+    source = FolderSource(path=folder_of(tmp_path / "d", [{"file_name": n, "text": n} for n in (good, *bad)]))
+    (tmp_path / "d" / good).write_bytes(PNG)
+    config = DataConfig(root=tmp_path / "a", sources=[source], records_per_shard=1)
+    for _ in range(2):  # the second time every bad shard lies there already
+        with pytest.raises(DataError, match="items are unusable"):
+            make_data(config)
 
 
 def evil_tar(path: Path, name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> Path:
@@ -163,8 +187,13 @@ def test_the_webdataset_source_splits_by_key(tmp_path: Path) -> None:
 
 
 def test_data_stage_is_deterministic_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    rows = [{"file_name": "cat.png", "text": f"cat {i}"} for i in range(7)]
-    source = FolderSource(path=folder_of(tmp_path / "d", rows))
+    names = [f"cat{i}.png" for i in range(40)]
+    few = [n for n in names if split_by_key(n) == "train"][:5] + [n for n in names if split_by_key(n) == "validation"][
+        :2
+    ]
+    source = FolderSource(path=folder_of(tmp_path / "d", [{"file_name": name, "text": name} for name in few]))
+    for name in few:
+        (tmp_path / "d" / name).write_bytes(PNG)
     runs = []
     for name in ("a", "b"):
         result = make_data(DataConfig(root=tmp_path / name, sources=[source], records_per_shard=2))
@@ -178,6 +207,33 @@ def test_data_stage_is_deterministic_and_goes_on_where_it_stopped(tmp_path: Path
     assert victim.read_bytes() == runs[0][victim.name]
     assert kept == {p: p.stat().st_mtime_ns for p in kept}, "whole shards are not made again"
     assert not list((tmp_path / "a" / "data").glob(".tmp-*"))
+
+
+def test_data_without_a_validation_split_say_so(tmp_path: Path) -> None:
+    name = next(f"cat{i}.png" for i in range(99) if split_by_key(f"cat{i}.png") == "train")
+    source = FolderSource(path=folder_of(tmp_path / "d", [{"file_name": name, "text": "a cat"}]))
+    with pytest.raises(DataError, match="none of them in the split validation"):
+        make_data(DataConfig(root=tmp_path / "a", sources=[source]))
+
+
+def test_a_folder_that_grew_is_another_input(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "d", [{"file_name": "cat.png", "text": "a cat"}])
+    config = DataConfig(root=tmp_path / "a", sources=[FolderSource(path=folder)])
+    before = config.outside_inputs()
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "hi.flac", "text": "hi"}) + "\n")
+    assert before and config.outside_inputs() != before
+
+
+def test_unusual_line_separators_in_texts_survive(tmp_path: Path) -> None:
+    rows = [{"file_name": "cat.png", "text": "a\u2028cat\u0085here"}]
+    folder = folder_of(tmp_path / "d", [])
+    (folder / "metadata.jsonl").write_text(json.dumps(rows[0], ensure_ascii=False) + "\n", encoding="utf-8")
+    source = FolderSource(path=folder).open()
+    items = [item for group in source.items().values() for item in group]
+    assert source.record(items[0]).captions == ("a\u2028cat\u0085here",)
+    write_coded_shard(tmp_path / "s", [CodedRecord("a", "pair", ("a\u2028cat\u0085here",))], facts={})
+    assert [record.captions for record in CodedStore([tmp_path / "s"], facts={})] == [("a\u2028cat\u0085here",)]
 
 
 # -- coded shards

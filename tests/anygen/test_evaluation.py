@@ -8,7 +8,7 @@ import pytest
 
 from anygen.data.emoji_names import captions
 from anygen.data.emoji_pictures import FONT_PATHS
-from anygen.evaluation.emoji import EmojiWorld, num_word_errors, proportion, word_error_rate, words_of
+from anygen.evaluation.emoji import RealEmoji, num_word_errors, proportion, word_error_rate, words_of
 
 pytest.importorskip("jiwer", reason="the extra [eval] is not installed")
 
@@ -41,7 +41,7 @@ def test_rates_and_intervals() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not any(p.is_file() for p in FONT_PATHS), reason="needs fonts-noto-color-emoji")
 def test_retrieval_finds_the_real_thing_and_counts_twins_as_one() -> None:
-    world = EmojiWorld(32)
+    world = RealEmoji(32)
     for index in range(0, len(world.emoji), 400):
         assert world.nearest(world.pictures[index]) == world.classes[index]
     names = {emoji.name: index for index, emoji in enumerate(world.emoji)}

@@ -82,7 +82,9 @@ def test_xformers_room_equals_sdpa_room_on_a_gpu(lengths: tuple[int, ...]) -> No
     device = torch.device("cuda")
     q, k, v = (x.to(device, torch.bfloat16) for x in random_qkv(sum(lengths), 4, 2, 64))
     segments = Segments(lengths, device)
-    assert (attend_xformers(q, k, v, segments) - attend_sdpa(q, k, v, segments)).abs().max() < 2e-2
+    expected = attend_sdpa(q, k, v, segments)
+    assert (attend_xformers(q, k, v, segments) - expected).abs().max() < 2e-2
+    assert (attend_xformers(q.float(), k.float(), v, segments) - expected).abs().max() < 2e-2, "as under autocast"
 
 
 def packed_logits(model: Any, documents: list[np.ndarray]) -> torch.Tensor:
@@ -143,7 +145,10 @@ def test_loss_is_the_weighted_plain_loss_with_shifted_z_loss(tiny_model: Any, se
     vocabulary = sequencer.vocabulary
     text = Segment("text", Codes(np.array([[5, 6, 7]]), "text"))
     picture = Segment("image", Codes(np.array([[1, 2, 3, 4]]), "image", (2, 2)), target=True)
-    sequences = [sequencer.build(Document((text, picture), "depict")) for _ in range(2)]
+    given = Segment("image", Codes(np.array([[4, 3, 2, 1]]), "image", (2, 2)))
+    answer = Segment("text", Codes(np.array([[8, 9]]), "text"), target=True)
+    documents = [Document((text, picture), "depict"), Document((given, answer), "caption")]
+    sequences = [sequencer.build(document) for document in documents]
     packed = collate([sequences], 64, pad_id=0)
     weights = {"image": 0.5, "control": 2.0}
     batch = LossWeights(vocabulary, weights, inputs=0.25).batch(packed)
@@ -160,7 +165,7 @@ def test_loss_is_the_weighted_plain_loss_with_shifted_z_loss(tiny_model: Any, se
             nll = log_z - logits[at + place, label]
             total += weight * (nll + 1e-2 * log_z**2)
             weight_sum += weight
-            if group == "image":
+            if group == "image" and sequence.target_S[place + 1]:
                 image_nll.append(nll.item())
         at += len(sequence)
     assert float(loss) == pytest.approx(float(total / weight_sum), rel=1e-5)

@@ -30,6 +30,7 @@ class Toy(nn.Module):
         super().__init__()
         self.linear = nn.Linear(4, 3)
         self.tied = self.linear  # shared tensors must survive a checkpoint
+        self.unused = nn.Linear(4, 2)  # as must parameters that never have a gradient
         self.register_buffer("average", torch.zeros(3))
 
     def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -258,6 +259,9 @@ def test_publishing_replaces_whole_folders_and_cleans_up(tmp_path: Path) -> None
     verify(target)
     (tmp_path / ".tmp-1-x").mkdir()
     assert remove_leftovers(tmp_path) == 1 and not list(tmp_path.glob(".tmp-*"))
+    target.rename(tmp_path / ".tmp-1-old-out")  # killed between the two renames
+    assert remove_leftovers(tmp_path) == 0
+    verify(target)
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd"])
