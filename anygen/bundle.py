@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
 from anygen.documents import Tokenizers
 from anygen.errors import CheckpointError, InputError
@@ -34,20 +32,11 @@ from tokenizers_mm.codes import Modality
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.regions import RegionTokenizer
 from tokenizers_mm.text import TextTokenizer
+from tokenizers_mm.weights import UNREADABLE
 
 FORMAT = 1
 ANYGEN_JSON = "anygen.json"
 MAX_SHARD = "14MB"
-_BROKEN = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-    StrictDataclassError,
-)
 
 
 @dataclass(frozen=True)
@@ -173,7 +162,7 @@ def _load_model(path: Path, vocabulary: Vocabulary) -> Any:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except _BROKEN as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"the model in {path} cannot be read: {str(error).splitlines()[0]}") from error
     if report["missing_keys"] or report["mismatched_keys"] or report["unexpected_keys"]:
         raise CheckpointError(f"the weights in {path} do not fit its config.json")

@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from tokenizers_mm import compat  # noqa: F401  before transformers
@@ -24,7 +22,7 @@ from tokenizers_mm.codes import Codes, Modality, check_codes, fingerprint_of
 from tokenizers_mm.errors import CheckpointError
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
 from tokenizers_mm.media import Audio, SoundSource, load_sound
-from tokenizers_mm.weights import load_facts, load_weights, rounded, save_facts, save_weights
+from tokenizers_mm.weights import UNREADABLE, load_facts, load_weights, rounded, save_facts, save_weights
 
 ISTFT_FOLDER = "istft"
 ISTFT_KIND = "istft"
@@ -172,16 +170,7 @@ def _load_encodec(folder: Path) -> Any:
         )
     except CheckpointError:
         raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        SafetensorError,
-        StrictDataclassError,
-    ) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"no usable EnCodec model in {folder}: {str(error).splitlines()[0]}") from error
     if report["missing_keys"] or report["mismatched_keys"]:
         raise CheckpointError(

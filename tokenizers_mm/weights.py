@@ -11,11 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tokenizers_mm.errors import CheckpointError
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What `from_pretrained` raises on damaged folders."""
 
 
 def rounded(module: nn.Module, *, keep: tuple[str, ...] = ()) -> nn.Module:

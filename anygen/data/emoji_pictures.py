@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, features
 
-from anygen.data.emoji_names import EmojiName, Split, parse_name, split
+from anygen.data.emoji_names import EmojiName, Split, parse_name, split, spoken_forms
 from anygen.errors import MissingDependency
 
 FONT_PATHS = (
@@ -33,6 +34,12 @@ class Emoji:
     def key(self) -> str:
         """Its code points, a name that is safe in files: `1f469-1f3fd-200d-1f33e`."""
         return "-".join(f"{ord(c):x}" for c in self.char)
+
+    def words_of(self, voice: str) -> str:
+        """The phrasing that a voice speaks: always the same one, so evaluation asks for what was taught."""
+        forms = spoken_forms(self.parts)
+        turn = int(hashlib.sha256(f"{self.name}|{voice}".encode()).hexdigest(), 16)
+        return forms[turn % len(forms)]
 
     @property
     def split(self) -> Split:

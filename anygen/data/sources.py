@@ -20,7 +20,7 @@ import soundfile
 from pydantic import Field
 
 from anygen.config import Config
-from anygen.data.emoji_names import captions, spoken_forms
+from anygen.data.emoji_names import captions
 from anygen.data.emoji_pictures import Emoji, EmojiFont, on_white
 from anygen.data.records import PICTURE_TYPES, SOUND_TYPES, Record, RecordStore, Utterance
 from anygen.data.scenes import is_countable, make_scene
@@ -181,10 +181,8 @@ class _EmojiWorld:
 
     def _emoji(self, item: _Spoken) -> Record:
         emoji, utterances = item.emoji, []
-        forms = spoken_forms(emoji.parts)
         for voice in item.voices:
-            turn = int(hashlib.sha256(f"{emoji.name}|{voice}".encode()).hexdigest(), 16)
-            text = forms[turn % len(forms)]
+            text = emoji.words_of(voice)
             utterances.append(Utterance(text, voice, flac_of(speak(text, voice))))
         picture = png_of(on_white(self.font.draw(emoji.char, self.config.side_px)))
         return Record(emoji.key, "emoji", captions(emoji.parts), picture, tuple(utterances))

@@ -11,7 +11,6 @@ Emoji whose pictures are identical in the font count as one: no model could tell
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from anygen.api import AnyGen
-from anygen.data.emoji_names import captions, spoken_forms
+from anygen.data.emoji_names import captions
 from anygen.data.emoji_pictures import EmojiFont, on_white
 from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak
 from anygen.errors import MissingDependency
@@ -161,7 +160,7 @@ class _Run:
         return word_error_rate([text for text, _ in spoken], self._transcribe([sound for _, sound in spoken], items))
 
     def text_to_audio(self, items: list[int], voice: str) -> Score:
-        texts = [self._speak_text(i, voice) for i in items]
+        texts = [self.world.emoji[i].words_of(voice) for i in items]
         requests = [Request(text=t, output="audio", seed=self.seed + i) for i, t in zip(items, texts, strict=True)]
         return word_error_rate(texts, self._transcribe(self._generate("text>audio", requests, "audio"), items))
 
@@ -176,13 +175,8 @@ class _Run:
         """The noun phrase of an emoji."""
         return self.world.emoji[index].parts.phrase
 
-    def _speak_text(self, index: int, voice: str) -> str:
-        forms = spoken_forms(self.world.emoji[index].parts)
-        turn = int(hashlib.sha256(f"{self.world.emoji[index].name}|{voice}".encode()).hexdigest(), 16)
-        return forms[turn % len(forms)]
-
     def _speak(self, index: int, voice: str) -> tuple[str, Audio]:
-        text = self._speak_text(index, voice)
+        text = self.world.emoji[index].words_of(voice)
         return text, speak(text, voice)
 
     def _transcribe(self, sounds: list[Audio], items: list[int]) -> list[str]:
