@@ -6,9 +6,10 @@ shard. Unusable items are left out, counted and named; too many of them are an e
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -101,12 +102,20 @@ def _make_shard(path: Path, items: list[tuple[Source, Any]], pool: ThreadPoolExe
     """Write one shard and, beside it, a JSON that says which items were left out and why."""
     results = list(pool.map(_try_record, items))
     temporary = path.with_name(f".tmp-{path.name}")
-    write_shard(temporary, (r for r in results if isinstance(r, Record)))
+    write_shard(temporary, _with_unique_keys(r for r in results if isinstance(r, Record)))
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     faults = [fault for fault in results if isinstance(fault, str)]
     write_json(path.with_suffix(".json"), {"items": len(items), "bad": faults})
     temporary.rename(path)
+
+
+def _with_unique_keys(records: Iterable[Record]) -> Iterator[Record]:
+    """Two sources may use one key: in a shard the second record would hide the first."""
+    seen: dict[str, int] = {}
+    for record in records:
+        count = seen[record.key] = seen.get(record.key, 0) + 1
+        yield record if count == 1 else dataclasses.replace(record, key=f"{record.key}-{count}")
 
 
 def _try_record(source_and_item: tuple[Source, Any]) -> Record | str:

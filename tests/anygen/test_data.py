@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -116,7 +117,7 @@ def test_members_that_no_shard_has_are_refused(tmp_path: Path, name: str, kind: 
 
 
 def test_mutated_shards_are_typed_errors(tmp_path: Path) -> None:
-    write_shard(tmp_path / "x.tar", [RECORD, RECORD])
+    write_shard(tmp_path / "x.tar", [RECORD, dataclasses.replace(RECORD, key="again")])
     whole = (tmp_path / "x.tar").read_bytes()
     chooser = np.random.default_rng(0)
     for _ in range(300):
@@ -214,6 +215,18 @@ def test_data_without_a_validation_split_say_so(tmp_path: Path) -> None:
     source = FolderSource(path=folder_of(tmp_path / "d", [{"file_name": name, "text": "a cat"}]))
     with pytest.raises(DataError, match="none of them in the split validation"):
         make_data(DataConfig(root=tmp_path / "a", sources=[source]))
+
+
+def test_records_of_two_sources_with_one_key_are_both_kept(tmp_path: Path) -> None:
+    keys = [f"{i:03}" for i in range(99)]
+    train, held_out = (next(k for k in keys if split_by_key(k) == s) for s in ("train", "validation"))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder / "x.tar", [Record(k, captions=(f"{folder} {k}",)) for k in (train, held_out)])
+    sources = [WebDatasetSource(path=tmp_path / folder) for folder in ("a", "b")]
+    result = make_data(DataConfig(root=tmp_path / "r", sources=sources))
+    captions = {caption for record in RecordStore(result.outputs) for caption in record.captions}
+    assert captions == {f"{folder} {key}" for folder in ("a", "b") for key in (train, held_out)}
 
 
 def test_a_folder_that_grew_is_another_input(tmp_path: Path) -> None:

@@ -148,8 +148,8 @@ def test_learning_rate_schedule_shape() -> None:
 def test_vectors_are_not_decayed() -> None:
     optimizer = make_optimizer(Toy(), OptimizerConfig(weight_decay=0.3))
     assert [(g["weight_decay"], [p.ndim for p in g["params"]]) for g in optimizer.param_groups] == [
-        (0.3, [2]),
-        (0.0, [1]),
+        (0.3, [2, 2]),
+        (0.0, [1, 1]),
     ]
 
 
