@@ -54,8 +54,8 @@ def test_the_generate_commands_of_the_readme_run(tmp_path: Path) -> None:
     ran = 0
     for command in commands():
         words = shlex.split(command)
-        if words[1] not in ("generate", "tokenize", "inspect", "recipes"):
-            continue
+        if words[1] not in ("generate", "tokenize", "inspect", "recipes") or "runs/mine" in command:
+            continue  # the others train, or need what was trained
         code = "from anygen.cli import main; main()"
         result = subprocess.run(
             [sys.executable, "-c", code, *words[1:]], cwd=tmp_path, env=environment, capture_output=True, text=True

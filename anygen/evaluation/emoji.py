@@ -212,7 +212,8 @@ def proportion(right: Sequence[bool], pairs: Sequence[tuple[str, str]] = ()) -> 
     p = sum(right) / n
     centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     failures = [pair for pair, good in zip(pairs, right, strict=True) if not good] if pairs else []
-    return Score(p, (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n), n, tuple(failures[:20]))
+    low, high = (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
+    return Score(p, max(0.0, low), min(1.0, high), n, tuple(failures[:20]))
 
 
 def word_error_rate(truths: Sequence[str], answers: Sequence[str]) -> Score:

@@ -61,7 +61,7 @@ def main(config: BundleConfig) -> StageResult:
         "vocabulary": vocabulary,
         "layout": layout,
         "tokenizers": tokenizers,
-        "metrics": {name: facts["metrics"] for name, facts in stages.items()},
+        "metrics": {name: _exact(facts["metrics"]) for name, facts in stages.items()},
         "version": __version__,
     }
     save_bundle(
@@ -76,6 +76,12 @@ def main(config: BundleConfig) -> StageResult:
     )
     size = sum(p.stat().st_size for p in (config.folder / config.name).rglob("*") if p.is_file())
     return StageResult(config.folder, (config.folder / config.name,), {"megabytes": size / 1e6})
+
+
+def _exact(metrics: dict[str, float]) -> dict[str, float]:
+    """The figures that a resumed run repeats to the last bit: means over the last steps begin anew at a restart."""
+    held_out = {name: value for name, value in metrics.items() if name.startswith("validation_")}
+    return held_out or metrics
 
 
 def _card(facts: dict[str, Any]) -> str:
