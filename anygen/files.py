@@ -18,7 +18,7 @@ from typing import Any
 from anygen.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-_TEMPORARY = ".tmp-"
+_TEMPORARY, _REPLACED = ".tmp-", ".old-"
 
 
 def sha256_of(path: Path) -> str:
@@ -66,7 +66,7 @@ def publishing(folder: Path) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             _fsync(path)
         _fsync(temporary)
-        old = folder.with_name(f"{_TEMPORARY}{os.getpid()}-old-{folder.name}")
+        old = folder.with_name(f"{_REPLACED}{os.getpid()}-{folder.name}")
         if folder.exists():
             folder.rename(old)
         try:
@@ -86,11 +86,11 @@ def remove_leftovers(parent: Path) -> int:
 
     A folder that `publishing` had just moved aside when it was killed goes back to its place.
     """
-    for old in sorted(parent.glob(f"{_TEMPORARY}*-old-*")):
-        place = parent / old.name.partition("-old-")[2]
+    for old in sorted(parent.glob(f"{_REPLACED}*")):
+        place = parent / old.name.removeprefix(_REPLACED).partition("-")[2]
         if not place.exists():
             old.rename(place)
-    leftovers = list(parent.glob(f"{_TEMPORARY}*")) if parent.is_dir() else []
+    leftovers = [*parent.glob(f"{_TEMPORARY}*"), *parent.glob(f"{_REPLACED}*")]
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return len(leftovers)

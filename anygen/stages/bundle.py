@@ -80,8 +80,8 @@ def main(config: BundleConfig) -> StageResult:
 
 def _exact(metrics: dict[str, float]) -> dict[str, float]:
     """The figures that a resumed run repeats to the last bit: means over the last steps begin anew at a restart."""
-    held_out = {name: value for name, value in metrics.items() if name.startswith("validation_")}
-    return held_out or metrics
+    is_trained = "lr" in metrics
+    return {name: value for name, value in metrics.items() if not is_trained or name.startswith("validation_")}
 
 
 def _card(facts: dict[str, Any]) -> str:

@@ -259,7 +259,7 @@ def test_publishing_replaces_whole_folders_and_cleans_up(tmp_path: Path) -> None
     verify(target)
     (tmp_path / ".tmp-1-x").mkdir()
     assert remove_leftovers(tmp_path) == 1 and not list(tmp_path.glob(".tmp-*"))
-    target.rename(tmp_path / ".tmp-1-old-out")  # killed between the two renames
+    target.rename(tmp_path / ".old-1-out")  # killed between the two renames
     assert remove_leftovers(tmp_path) == 0
     verify(target)
 
