@@ -168,7 +168,11 @@ class AnyGen:
             "request": request.describe(),
         }
         return Sample(
-            parsed.document.decode(self.bundle.tokenizers).segments, state.seed, "eos", tuple(state.ids), provenance
+            parsed.document.decode(self.bundle.tokenizers).segments,
+            state.seed,
+            "length" if state.walk.is_cut else "eos",
+            tuple(state.ids),
+            provenance,
         )
 
     def decode(self, codes: Codes) -> Any:

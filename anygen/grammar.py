@@ -112,7 +112,8 @@ class Grammar:
 class Walk:
     """One sample on its way through the grammar.
 
-    `allowed` says which ids may come next; `push` takes the chosen one; `done` is True after `<eos>`.
+    `allowed` says which ids may come next; `push` takes the chosen one; `done` is True after `<eos>`. `is_cut` turns
+    True where the budget, not the model, ended a text or the answer.
     """
 
     def __init__(self, grammar: Grammar, plan: Plan, budget: int) -> None:
@@ -130,6 +131,7 @@ class Walk:
         self._costs = natives if sum(natives) + 1 <= budget else [grammar.num_body(b) + 2 for b in plan.blocks]
         self.num_blocks = 0
         self.done = False
+        self.is_cut = False
         self.allowed: Ranges = self._between_blocks()
 
     @property
@@ -171,6 +173,7 @@ class Walk:
                 if self._grammar.num_body(block) + 2 <= self._left - 1
             ]
             if self.num_blocks:
+                self.is_cut |= not ids
                 ids.append(vocabulary.control("eos"))
             return tuple((id, id + 1) for id in sorted(set(ids)))
         if self._next_block == len(self._plan.blocks):
@@ -211,6 +214,7 @@ class Walk:
         modality = self._block.modality
         if modality == "text":
             if self._room() <= 1:
+                self.is_cut = True
                 return _only(self._end_id())
             end = ((self._end_id(), self._end_id() + 1),) if self._num_written else ()
             return (self._grammar.text_ids, *end)

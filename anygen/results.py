@@ -23,7 +23,8 @@ class Sample:
     """Media, in the order in which they were generated."""
     seed: int | None
     """The seed of this very sample; None where the caller passed a generator."""
-    finish_reason: Literal["eos", "stopped"]
+    finish_reason: Literal["eos", "length"]
+    """`length` where `max_new_tokens` cut a text short, or left no room for another block."""
     ids: tuple[int, ...] = field(repr=False)
     """The generated ids."""
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from anygen.data.coded import CodedRecord, CodedStore
@@ -114,13 +114,22 @@ class DocumentStream:
         weights: direction to weight.
         tokenizers: encode what is still text or region.
         drop_share: share of examples whose inputs are dropped (classifier-free guidance).
+        free_share: share of examples without a task: what follows is for the model to decide (`output="any"`).
         seed: of every choice.
     """
 
     def __init__(
-        self, store: CodedStore, weights: Mapping[str, float], tokenizers: Tokenizers, *, drop_share: float, seed: int
+        self,
+        store: CodedStore,
+        weights: Mapping[str, float],
+        tokenizers: Tokenizers,
+        *,
+        drop_share: float,
+        free_share: float,
+        seed: int,
     ) -> None:
-        self._store, self._tokenizers, self._drop_share = store, tokenizers, drop_share
+        self._store, self._tokenizers = store, tokenizers
+        self._drop_share, self._free_share = drop_share, free_share
         self._directions = {text: Direction.parse(text) for text in weights}
         records = list(store)
         self._eligible = {
@@ -139,4 +148,7 @@ class DocumentStream:
         generator = random.Random(draw.seed)
         record = self._store[self._eligible[draw.kind][draw.item]]
         document = self._directions[draw.kind].document(record, generator)
-        return document.encode(self._tokenizers), generator.random() < self._drop_share
+        dropped, free = generator.random() < self._drop_share, generator.random() < self._free_share
+        if free:
+            document = replace(document, task=None)
+        return document.encode(self._tokenizers), dropped

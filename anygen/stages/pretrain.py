@@ -56,6 +56,8 @@ class PretrainConfig(StageConfig):
     """Direction to weight; see `anygen.data.tasks`."""
     drop_share: float = Field(0.1, ge=0, le=1)
     """Share of examples that learn to answer without their inputs (classifier-free guidance)."""
+    free_share: float = Field(0.1, ge=0, le=1)
+    """Share of examples without a task token: they teach what to answer when nothing is asked for (`output="any"`)."""
     loss_weights: dict[
         Literal["text", "control", "image", "audio", "region", "voken"], Annotated[float, Field(ge=0)]
     ] = {}
@@ -127,20 +129,19 @@ class _Pretraining:
         )
         self._pad_id = sequencer.vocabulary.control("pad")
         facts = coded_facts(tokenizers.get("image"), tokenizers.get("audio"))  # type: ignore[arg-type]
-        self._stream = self._open(config, tokenizers, facts, "train", drop_share=config.drop_share)
-        self._held_out = self._open(config, tokenizers, facts, "validation", drop_share=0.0)
+        self._stream = self._open(config, tokenizers, facts, "train")
+        self._held_out = self._open(config, tokenizers, facts, "validation")
         self._packer = self._packer_of(config, self._stream)
         self._config = config
         self._model = model
         self.module: nn.Module = NextTokenLoss(model, sequencer.vocabulary, z_loss=config.z_loss)
 
     @staticmethod
-    def _open(
-        config: PretrainConfig, tokenizers: Tokenizers, facts: dict[str, Any], split: str, *, drop_share: float
-    ) -> DocumentStream:
+    def _open(config: PretrainConfig, tokenizers: Tokenizers, facts: dict[str, Any], split: str) -> DocumentStream:
         store = CodedStore((config.root / "tokenize").glob(f"{split}-*"), facts=facts)
         seed = seed_of(config.loop.seed, split)
-        return DocumentStream(store, config.mixture, tokenizers, drop_share=drop_share, seed=seed)
+        shares = (config.drop_share, config.free_share) if split == "train" else (0.0, 0.0)
+        return DocumentStream(store, config.mixture, tokenizers, drop_share=shares[0], free_share=shares[1], seed=seed)
 
     def _packer_of(self, config: PretrainConfig, stream: DocumentStream) -> Packer:
         def example(number: int) -> Sequence:

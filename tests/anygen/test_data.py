@@ -378,10 +378,11 @@ def test_the_stream_is_a_pure_function_of_the_number(tmp_path: Path, tokenizers:
     write_coded_shard(tmp_path / "s0", CODED, facts={})
     store = CodedStore([tmp_path / "s0"], facts={})
     weights = {"text>image": 2, "text>audio": 1, "locate": 1}
-    streams = [DocumentStream(store, weights, tokenizers, drop_share=0.25, seed=3) for _ in range(2)]
+    streams = [DocumentStream(store, weights, tokenizers, drop_share=0.25, free_share=0.25, seed=3) for _ in range(2)]
     forwards = [streams[0](n) for n in range(200)]
     backwards = [streams[1](n) for n in reversed(range(200))][::-1]
     assert forwards == backwards
     assert 25 < sum(dropped for _, dropped in forwards) < 75
+    assert 25 < sum(document.task is None for document, _ in forwards) < 75
     with pytest.raises(ConfigError, match=r"asks for 'pair:text>image'"):
-        DocumentStream(store, {"pair:text>image": 1}, tokenizers, drop_share=0, seed=0)
+        DocumentStream(store, {"pair:text>image": 1}, tokenizers, drop_share=0, free_share=0, seed=0)

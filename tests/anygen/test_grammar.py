@@ -60,6 +60,24 @@ def test_every_walk_ends_in_budget_and_parses(plan: Plan, slack: int, seed: int)
         assert names == tuple(block.modality for block in plan.blocks)
 
 
+def test_a_walk_knows_whether_the_budget_ended_it() -> None:
+    letter, end, eos = VOCABULARY.range("text").start + 5, VOCABULARY.control("/text"), VOCABULARY.control("eos")
+
+    def walk(plan: Plan, budget: int, ids: list[int]) -> bool:
+        walk = GRAMMAR.start(plan, budget)
+        for id in ids:
+            walk.push(id)
+        assert walk.done
+        return walk.is_cut
+
+    text = VOCABULARY.control("text")
+    fixed, free = Plan((Block("text"),)), Plan((Block("text"),), free=True)
+    assert not walk(fixed, 6, [text, letter, letter, end, eos])
+    assert walk(fixed, 5, [text, letter, letter, end, eos]), "the third letter had no room"
+    assert not walk(free, 12, [text, letter, end, eos])
+    assert walk(free, 6, [text, letter, end, eos]), "a second text had no room"
+
+
 @pytest.mark.parametrize("names", itertools.product(MODALITIES, repeat=2))
 def test_the_smallest_budget_is_enough_and_one_less_is_refused(names: tuple[str, str]) -> None:
     plan = Plan(tuple(Block(n) for n in names))  # type: ignore[arg-type]
