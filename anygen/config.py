@@ -13,16 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from anygen.errors import ConfigError
-
-
-class Config(BaseModel):
-    """Base of every config: frozen, no unknown keys, documented by attribute docstrings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
+from tokenizers_mm.config import Config as Config
 
 SomeConfig = TypeVar("SomeConfig", bound=Config)
 

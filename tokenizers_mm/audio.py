@@ -126,7 +126,7 @@ class AudioTokenizer:
         """Write a transformers checkpoint and, where there is one, the inverse-STFT decoder beside it."""
         self.model.save_pretrained(folder)
         if self.istft is not None and self.istft_config is not None:
-            save_facts(folder / ISTFT_FOLDER, {"kind": ISTFT_KIND, "istft": self.istft_config.to_json()})
+            save_facts(folder / ISTFT_FOLDER, {"kind": ISTFT_KIND, "istft": self.istft_config.model_dump()})
             save_weights(folder / ISTFT_FOLDER, {"istft": self.istft})
 
     @classmethod

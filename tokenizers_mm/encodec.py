@@ -13,33 +13,40 @@ Source: EnCodec, arXiv 2210.13438. Dimension key: B sounds, T samples, N frames,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field, PositiveInt, field_validator
 from torch import Tensor, nn
 from vector_quantize_pytorch import ResidualVQ
 
 from tokenizers_mm import compat  # noqa: F401  before transformers
+from tokenizers_mm.config import Config
 from tokenizers_mm.errors import TrainingError
 
 _MIN_SPREAD = 0.3
 _INPUT_GAIN = 8.0
 
 
-@dataclass(frozen=True)
-class EncodecSize:
+class EncodecSize(Config):
     """Size of a codec trained here."""
 
-    rate_hz: int = 16_000
-    ratios: tuple[int, ...] = (8, 5, 4, 2)
+    rate_hz: int = Field(16_000, ge=1)
+    ratios: tuple[PositiveInt, ...] = Field((8, 5, 4, 2), min_length=1)
     """Strides, decoder order (the encoder has them reversed); their product is the hop."""
-    num_filters: int = 8
-    latent_dim: int = 64
-    lstm_layers: int = 1
-    codebook_size: int = 1024
+    num_filters: int = Field(8, ge=1)
+    latent_dim: int = Field(64, ge=1)
+    lstm_layers: int = Field(1, ge=1)
+    codebook_size: int = Field(1024, ge=2)
     """A power of two: transformers' EnCodec derives bits from it."""
-    num_codebooks: int = 1
+    num_codebooks: int = Field(1, ge=1)
+
+    @field_validator("codebook_size")
+    @classmethod
+    def _power_of_two(cls, size: int) -> int:
+        if size & (size - 1):
+            raise ValueError("must be a power of two")
+        return size
 
     @property
     def hop(self) -> int:

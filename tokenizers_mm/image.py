@@ -67,7 +67,7 @@ class ImageTokenizer:
     def fingerprint(self) -> str:
         """sha256 of what decides the codes: configuration, encoder and codebook, not the pixel head."""
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.encoder.state_dict().items()}
-        return fingerprint_of({"kind": KIND, **self.config.to_json()}, arrays)
+        return fingerprint_of({"kind": KIND, **self.config.model_dump()}, arrays)
 
     def encode(self, media: PictureSource) -> Codes:
         """One picture to 1 x N codes.
@@ -107,7 +107,9 @@ class ImageTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        save_facts(folder, {"kind": KIND, "vqkd": self.config.to_json(), "pixel_head": self.head_config.to_json()})
+        save_facts(
+            folder, {"kind": KIND, "vqkd": self.config.model_dump(), "pixel_head": self.head_config.model_dump()}
+        )
         save_weights(folder, {"encoder": self.encoder, "pixel_head": self.pixel_head}, keep=_KEEP_FP32)
 
     @classmethod

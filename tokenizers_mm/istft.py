@@ -7,26 +7,28 @@ Dimension key: B sounds, N frames, D width, L latent channels, T samples.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
-
 import torch
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from tokenizers_mm.config import Config
 
-@dataclass(frozen=True)
-class InverseSTFTConfig:
+
+class InverseSTFTConfig(Config):
     """Architecture; saved with the tokenizer."""
 
-    width: int = 192
-    depth: int = 4
-    kernel: int = 7
-    window_hops: int = 4
+    width: int = Field(192, ge=1)
+    depth: int = Field(4, ge=0)
+    kernel: int = Field(7, ge=1)
+    window_hops: int = Field(4, ge=1)
     """STFT window, in hops."""
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        return asdict(self)
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError("must be odd, so that frames keep their places")
+        return kernel
 
 
 class ConvNeXtBlock(nn.Module):

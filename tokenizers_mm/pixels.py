@@ -5,28 +5,29 @@ Dimension key: B pictures, N patches, D width, X code dimension, C colours, H x 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Self
 
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from tokenizers_mm.vit import Transformer, from_patches
+from tokenizers_mm.config import Config
+from tokenizers_mm.vit import Transformer, check_width, from_patches
 
 
-@dataclass(frozen=True)
-class PixelHeadConfig:
+class PixelHeadConfig(Config):
     """Architecture; saved with the tokenizer."""
 
-    width: int = 256
-    depth: int = 4
-    num_heads: int = 8
-    refine_channels: int = 24
+    width: int = Field(256, ge=1)
+    depth: int = Field(4, ge=1)
+    num_heads: int = Field(8, ge=1)
+    refine_channels: int = Field(24, ge=0)
     """Channels of the convolution at full size; 0 leaves it out."""
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        return asdict(self)
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        check_width(self.width, self.num_heads)
+        return self
 
 
 class PixelHead(nn.Module):

@@ -86,6 +86,12 @@ def from_patches(patches_BNX: Tensor, grid_hw: tuple[int, int], patch_px: int) -
     return F.pixel_shuffle(patches_BNX.transpose(1, 2).unflatten(2, grid_hw), patch_px)
 
 
+def check_width(width: int, num_heads: int) -> None:
+    """Raises ValueError where a transformer cannot have this width."""
+    if width % num_heads or width % 4:
+        raise ValueError(f"width={width} must be a multiple of num_heads={num_heads} and of 4")
+
+
 def positions(grid_hw: tuple[int, int], width: int, device: torch.device) -> Tensor:
     """Fixed sines of row and column, N x D; D must be a multiple of 4."""
     assert width % 4 == 0, f"width {width} is not a multiple of 4"

@@ -12,39 +12,44 @@ Dimension key: B pictures, N patches, D width, X code dimension.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
 
+from tokenizers_mm.config import Config
 from tokenizers_mm.pixels import PixelHead
 from tokenizers_mm.teacher import TeacherFeatures
-from tokenizers_mm.vit import PatchEncoder, Transformer
+from tokenizers_mm.vit import PatchEncoder, Transformer, check_width
 
 
-@dataclass(frozen=True)
-class VQKDConfig:
-    """Architecture of the tokenizer; saved with it."""
+class VQKDConfig(Config):
+    """Architecture of encoder and codebook; saved with the tokenizer."""
 
-    side_px: int = 64
+    side_px: int = Field(64, ge=1)
     """Native side of a picture."""
-    patch_px: int = 8
-    width: int = 192
-    depth: int = 4
-    num_heads: int = 6
-    codebook_size: int = 1024
-    code_dim: int = 16
-    decoder_depth: int = 2
-    ema_decay: float = 0.99
-    dead_code_share: float = 0.25
+    patch_px: int = Field(8, ge=1)
+    width: int = Field(192, ge=1)
+    depth: int = Field(4, ge=1)
+    num_heads: int = Field(6, ge=1)
+    codebook_size: int = Field(1024, ge=2)
+    code_dim: int = Field(16, ge=1)
+    decoder_depth: int = Field(1, ge=1)
+    """Of the transformer from codes to the teacher's features, which serves training only."""
+    ema_decay: float = Field(0.99, gt=0, lt=1)
+    dead_code_share: float = Field(0.25, ge=0, lt=1)
     """A code is replaced when its average hits fall below this share of the mean, batch x patches / codebook size."""
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        return asdict(self)
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.side_px % self.patch_px:
+            raise ValueError(f"side_px={self.side_px} must be a multiple of patch_px={self.patch_px}")
+        check_width(self.width, self.num_heads)
+        return self
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from anygen.config import Config
 from anygen.data.records import RecordStore
 from anygen.errors import DataError
 from anygen.files import publishing
@@ -26,33 +25,12 @@ from tokenizers_mm.spectral import mel_distance
 from tokenizers_mm.weights import rounded
 
 
-class CodecConfig(Config):
-    """Architecture of encoder and quantiser; see `tokenizers_mm.encodec.EncodecSize`."""
-
-    rate_hz: int = 16_000
-    ratios: tuple[int, ...] = (8, 5, 4, 2)
-    num_filters: int = 8
-    latent_dim: int = 64
-    lstm_layers: int = Field(1, ge=1)
-    codebook_size: int = Field(1024, ge=2)
-    num_codebooks: int = Field(1, ge=1)
-
-
-class DecoderConfig(Config):
-    """Architecture of the decoder; see `tokenizers_mm.istft.InverseSTFTConfig`."""
-
-    width: int = 192
-    depth: int = 4
-    kernel: int = 7
-    window_hops: int = 4
-
-
 class AudioTokenizerConfig(StageConfig):
     """Recipe of the stage."""
 
     stage: Literal["audio_tokenizer"] = "audio_tokenizer"
-    codec: CodecConfig = CodecConfig()
-    decoder: DecoderConfig = DecoderConfig()
+    codec: EncodecSize = EncodecSize()
+    decoder: InverseSTFTConfig = InverseSTFTConfig()
     crop_s: float = Field(1.0, gt=0)
     batch_size: int = Field(16, ge=1)
     steps_without_quantiser: int = Field(200, ge=0)
@@ -100,7 +78,7 @@ class _CodecLoss(nn.Module):
 class _CodecTraining:
     def __init__(self, config: AudioTokenizerConfig) -> None:
         self._config = config
-        size = EncodecSize(**config.codec.model_dump())
+        size = config.codec
         self._crop = int(config.crop_s * size.rate_hz) // size.hop * size.hop
         if self._crop == 0:
             raise DataError(f"crop_s={config.crop_s} is shorter than one code frame")
@@ -112,8 +90,7 @@ class _CodecTraining:
             torch.manual_seed(config.loop.seed)
             tokens = config.batch_size * self._crop // size.hop
             codec = TrainableEncodec(size, tokens_per_batch=tokens)
-            self._decoder_config = InverseSTFTConfig(**config.decoder.model_dump())
-            decoder = InverseSTFTDecoder(self._decoder_config, latent_dim=size.latent_dim, hop=size.hop)
+            decoder = InverseSTFTDecoder(config.decoder, latent_dim=size.latent_dim, hop=size.hop)
         self._loss = _CodecLoss(config, codec, decoder)
         self.module: nn.Module = self._loss
 
@@ -165,7 +142,7 @@ class _CodecTraining:
     def tokenizer(self) -> AudioTokenizer:
         """What was learned, as a tokenizer; weights rounded as they are saved."""
         model = rounded(self._loss.codec.export(), keep=("codebook",))
-        return AudioTokenizer(model, self._loss.decoder, self._decoder_config)
+        return AudioTokenizer(model, self._loss.decoder, self._config.decoder)
 
 
 class SoundSet:

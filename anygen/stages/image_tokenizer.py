@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from anygen.config import Config
 from anygen.files import publishing
 from anygen.stages.base import PictureSet, Shuffled, StageConfig, StageResult, open_records
 from anygen.training.loop import LoopConfig, seed_of, train
@@ -22,36 +21,12 @@ from tokenizers_mm.teacher import VisionTeacher
 from tokenizers_mm.vqkd import VQKD, PictureEncoder, VQKDConfig
 
 
-class EncoderConfig(Config):
-    """Architecture of encoder and codebook; see `tokenizers_mm.vqkd.VQKDConfig`."""
-
-    side_px: int = 64
-    patch_px: int = 8
-    width: int = 192
-    depth: int = 4
-    num_heads: int = 6
-    codebook_size: int = Field(1024, ge=2)
-    code_dim: int = 16
-    decoder_depth: int = 1
-    ema_decay: float = 0.99
-    dead_code_share: float = 0.25
-
-
-class HeadConfig(Config):
-    """Architecture of the pixel head; see `tokenizers_mm.pixels.PixelHeadConfig`."""
-
-    width: int = 256
-    depth: int = 4
-    num_heads: int = 8
-    refine_channels: int = 24
-
-
 class ImageTokenizerConfig(StageConfig):
     """Recipe of the stage."""
 
     stage: Literal["image_tokenizer"] = "image_tokenizer"
-    encoder: EncoderConfig = EncoderConfig()
-    head: HeadConfig = HeadConfig()
+    encoder: VQKDConfig = VQKDConfig()
+    head: PixelHeadConfig = PixelHeadConfig()
     shallow_layer: int = 1
     """The teacher's layer whose features the codes must also hold (0 is the patch embedding)."""
     deep_weight: float = 1.0
@@ -68,13 +43,12 @@ class ImageTokenizerConfig(StageConfig):
 
 def main(config: ImageTokenizerConfig) -> StageResult:
     """Train both phases and save `tokenizer/`."""
-    encoder_config = VQKDConfig(**config.encoder.model_dump())
-    head_config = PixelHeadConfig(**config.head.model_dump())
+    encoder_config, head_config = config.encoder, config.head
     teacher = VisionTeacher.from_pretrained(config.root / "teacher" / "model", shallow_layer=config.shallow_layer)
     pictures = PictureSet(open_records(config.root, "train"), encoder_config.side_px)
     held_out = PictureSet(open_records(config.root, "validation"), encoder_config.side_px)
 
-    vqkd = _Distillation(config, encoder_config, head_config, teacher, pictures, held_out)
+    vqkd = _Distillation(config, teacher, pictures, held_out)
     metrics = train(vqkd, config.vqkd_loop, config.folder / "vqkd", title="vqkd")
     encoder = vqkd.losses.vqkd.encoder
 
@@ -141,17 +115,16 @@ class _Distillation(_Pictures):
     def __init__(
         self,
         config: ImageTokenizerConfig,
-        encoder_config: VQKDConfig,
-        head_config: PixelHeadConfig,
         teacher: VisionTeacher,
         pictures: PictureSet,
         held_out: PictureSet,
     ) -> None:
         super().__init__(teacher, pictures, held_out, config.batch_size, seed_of(config.vqkd_loop.seed, "vqkd"))
+        encoder_config = config.encoder
         patches = (encoder_config.side_px // encoder_config.patch_px) ** 2
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_of(config.vqkd_loop.seed, "vqkd"))
-            head = PixelHead(head_config, code_dim=encoder_config.code_dim, patch_px=encoder_config.patch_px)
+            head = PixelHead(config.head, code_dim=encoder_config.code_dim, patch_px=encoder_config.patch_px)
             vqkd = VQKD(
                 encoder_config,
                 teacher_width=teacher.width,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -115,3 +116,19 @@ def test_recipes_are_copied_but_never_over_something(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="there is no recipe"):
         copy_recipe("smoke/nothing.yaml", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "override", "says"),
+    [
+        ("image_tokenizer", "encoder.codebok_size=64", "did you mean 'codebook_size'"),
+        ("image_tokenizer", "encoder.width=100", "width=100 must be a multiple of num_heads"),
+        ("image_tokenizer", "encoder.patch_px=7", "side_px=64 must be a multiple of patch_px=7"),
+        ("image_tokenizer", "head.num_heads=0", "greater than or equal to 1"),
+        ("audio_tokenizer", "codec.codebook_size=1000", "must be a power of two"),
+        ("audio_tokenizer", "decoder.kernel=4", "must be odd"),
+    ],
+)
+def test_an_impossible_tokenizer_is_told_before_any_training(stage: str, override: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        load_recipe(find_recipe(f"nano/{stage}.yaml"), (override,), root=Path("unused"))

@@ -91,7 +91,7 @@ def test_teacher_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
 
 def train_vqkd(teacher: VisionTeacher, *, steps: int, dead_code_share: float) -> tuple[VQKD, list[float]]:
     torch.manual_seed(0)
-    config = VQKDConfig(**{**CONFIG.to_json(), "dead_code_share": dead_code_share})
+    config = VQKDConfig(**{**CONFIG.model_dump(), "dead_code_share": dead_code_share})
     vqkd = VQKD(config, teacher_width=teacher.width, tokens_per_batch=32 * 4)
     optimizer = torch.optim.AdamW(vqkd.parameters(), 3e-3)
     losses = []
