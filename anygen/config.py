@@ -7,6 +7,7 @@ Unknown keys fail and name the nearest valid one. The merged config is what a st
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -38,45 +39,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["a.b=1", "c=x"]` as nested values, each value read as YAML.
+def override(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """`values` with `a.b=1` and the like applied in order; a mapping as a value replaces the one that was there.
 
-    >>> parse_overrides(["optimizer.lr=1e-3", "steps=10", "voices=[slt, awb]"])
-    {'optimizer': {'lr': '1e-3'}, 'steps': 10, 'voices': ['slt', 'awb']}
+    >>> recipe = {"optimizer": {"lr": 1e-3, "betas": [0.9, 0.99]}, "mixture": {"text>image": 1}}
+    >>> override(recipe, ["optimizer.lr=1e-4", "mixture={image>text: 2}", "steps=10"])
+    {'optimizer': {'lr': '1e-4', 'betas': [0.9, 0.99]}, 'mixture': {'image>text': 2}, 'steps': 10}
 
     Raises:
-        ConfigError: no `=`, an empty key, or a value that is not YAML.
+        ConfigError: no `=`, an empty key, a key inside something that is no mapping, or a value that is not YAML.
     """
-    merged: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, value = override.partition("=")
+    changed = copy.deepcopy(dict(values))
+    for text in overrides:
+        key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"override {override!r} is not of the form key=value or key.sub=value")
-        try:
-            parsed = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"override {override!r}: the value is not valid YAML") from error
+            raise ConfigError(f"override {text!r} is not of the form key=value or key.sub=value")
         *parents, last = key.split(".")
-        node = merged
+        node = changed
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"override {override!r} contradicts another one")
-        node[last] = parsed
-    return merged
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, mappings merged deeply.
-
-    >>> merge({"a": {"x": 1, "y": 2}}, {"a": {"y": 3}})
-    {'a': {'x': 1, 'y': 3}}
-    """
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(merged.get(key), Mapping) and isinstance(value, Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
+                raise ConfigError(f"override {text!r}: {parent!r} holds {node!r}, which has no keys")
+        try:
+            node[last] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"override {text!r}: the value is not valid YAML") from error
+    return changed
 
 
 def build(config_class: type[SomeConfig], values: Mapping[str, Any], *, source: str) -> SomeConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from anygen.errors import DataError, MissingDependency
+from anygen.errors import AnyGenError, DataError, MissingDependency
 from tokenizers_mm.media import Audio, FloatArray, load_sound
 
 RATE_HZ = 16_000
@@ -49,7 +49,8 @@ def speak(text: str, voice: str) -> Audio:
     """`text` spoken by `voice`, silence at both ends trimmed to 30 ms, peak at 0.7.
 
     Raises:
-        DataError: the program failed or made no sound.
+        DataError: the program cannot speak this text.
+        AnyGenError: the program was stopped, which says nothing about the text.
     """
     with tempfile.TemporaryDirectory() as folder:
         words, sound = Path(folder, "words.txt"), Path(folder, "sound.wav")
@@ -58,10 +59,12 @@ def speak(text: str, voice: str) -> Audio:
             command = ["espeak-ng", "-v", voice.removeprefix("espeak:"), "-f", str(words), "-w", str(sound)]
         else:
             command = ["flite", "-voice", voice, "-f", str(words), "-o", str(sound)]
+        fault = _fault_of(command)
+        if fault is not None:
+            raise DataError(f"voice {voice!r} could not speak {text!r}: {fault}")
         try:
-            subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)  # noqa: S603  no shell, fixed programs
             audio = load_sound(sound, rate_hz=RATE_HZ)
-        except (subprocess.SubprocessError, OSError, ValueError) as error:
+        except ValueError as error:
             raise DataError(f"voice {voice!r} could not speak {text!r}: {error}") from error
     samples_T = trimmed(audio.samples_T)
     return Audio(samples_T * np.float32(0.7 / max(float(np.abs(samples_T).max()), 1e-3)), RATE_HZ)
@@ -74,3 +77,15 @@ def trimmed(samples_T: FloatArray, *, margin_s: float = 0.03, floor_db: float = 
         return samples_T
     margin = int(margin_s * RATE_HZ)
     return samples_T[max(0, loud[0] - margin) : loud[-1] + 1 + margin]
+
+
+def _fault_of(command: list[str]) -> str | None:
+    """What the program complains of, None where it did its work."""
+    try:
+        # In a session of its own: Ctrl-C is for us, and a voice that it killed would look like one that cannot speak.
+        done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, start_new_session=True)  # noqa: S603  no shell, fixed programs
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise AnyGenError(f"{command[0]} did not run to its end: {error}") from error
+    if done.returncode < 0:
+        raise AnyGenError(f"{command[0]} was killed by signal {-done.returncode}: run the same command again")
+    return done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}" if done.returncode else None

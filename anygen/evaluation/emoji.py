@@ -3,7 +3,8 @@
 text -> picture and sound -> picture   the nearest of all real emoji, by mean squared pixel error, is the right one
 picture -> text                        the caption is one of the picture's own, in any phrasing
 sound -> text                          word error rate of the transcript
-text -> sound and picture -> sound     word error rate of the model's own transcript of what it said (round trip)
+text -> sound                          word error rate of the model's own transcript of what it said (round trip)
+picture -> sound                       the same, against the nearest of the phrasings that voices speak (one or two)
 
 Training names, held-out names (validation and test) and the voice that was never in training are reported apart.
 Emoji whose pictures are identical in the font count as one: no model could tell them apart.
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from anygen.api import AnyGen
-from anygen.data.emoji_names import captions
+from anygen.data.emoji_names import captions, spoken_forms
 from anygen.data.emoji_pictures import EmojiFont, on_white
 from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak
 from anygen.errors import MissingDependency
@@ -85,8 +86,19 @@ class RealEmoji:
 
     def captions_of(self, index: int) -> set[str]:
         """Captions that are right for a picture: its own, and those of emoji that look exactly like it."""
-        same = np.flatnonzero(self.classes == self.classes[index])
-        return {caption for i in same for caption in captions(self.emoji[i].parts)}
+        return {caption for i in self._twins_of(index) for caption in captions(self.emoji[i].parts)}
+
+    def spoken_forms_of(self, index: int) -> list[str]:
+        """Of these captions, those that voices speak."""
+        return sorted({form for i in self._twins_of(index) for form in spoken_forms(self.emoji[i].parts)})
+
+    def held_out(self) -> list[int]:
+        """Emoji outside the training split, but for those that look exactly like one in it."""
+        seen = {int(self.classes[i]) for i, emoji in enumerate(self.emoji) if emoji.split == "train"}
+        return [i for i, emoji in enumerate(self.emoji) if emoji.split != "train" and int(self.classes[i]) not in seen]
+
+    def _twins_of(self, index: int) -> list[int]:
+        return [int(i) for i in np.flatnonzero(self.classes == self.classes[index])]
 
 
 def evaluate_emoji(
@@ -112,7 +124,7 @@ def evaluate_emoji(
     world = RealEmoji(model.bundle.tokenizers["image"].config.side_px)  # type: ignore[attr-defined]
     groups = {
         "train": [i for i, emoji in enumerate(world.emoji) if emoji.split == "train"],
-        "held_out": [i for i, emoji in enumerate(world.emoji) if emoji.split != "train"],
+        "held_out": world.held_out(),
     }
     if limit is not None:
         groups = {
@@ -167,7 +179,7 @@ class _Run:
     def image_to_audio(self, items: list[int], voice: str) -> Score:
         requests = [Request(image=self.world.pictures[i], output="audio", seed=self.seed + i) for i in items]
         heard = self._transcribe(self._generate("image>audio", requests, "audio"), items)
-        truths = [sorted(self.world.captions_of(i), key=len) for i in items]
+        truths = [self.world.spoken_forms_of(i) for i in items]
         nearest = [min(truth, key=lambda t: num_word_errors(t, h)) for truth, h in zip(truths, heard, strict=True)]
         return word_error_rate(nearest, heard)
 

@@ -1,7 +1,11 @@
-"""Choosing one id from logits: temperature, top-k, min-p, top-p, then the inverse of the cumulative distribution.
+"""Choosing one id from logits: temperature, top-k, top-p, min-p, then an exponential race.
 
-One uniform number decides, drawn from the sample's own CPU generator, so a sample does not depend on the rest of its
-batch. Names and meaning of the options are those of transformers. Dimension key: B rows, A allowed ids.
+Id i waits for a time drawn from Exp(p_i), and the first one wins: this draws from p (the Gumbel-max trick, arXiv
+1411.0030). The waits come from the sample's own CPU generator and belong to ids, so a sample does not depend on its
+batch: the last bits of the logits, which do, decide only where two ids arrive together. (An inverse of the cumulative
+distribution adds up thousands of such bits; at high guidance 4 of 24 pictures changed with their batch.)
+
+Names, meaning and order of the options are those of transformers. Dimension key: B rows, A allowed ids.
 """
 
 from __future__ import annotations
@@ -60,38 +64,36 @@ class SamplingOptions:
 OPTION_NAMES = tuple(field.name for field in fields(SamplingOptions))
 
 
-def choose(logits_BA: Tensor, options: SamplingOptions, uniform_B: Tensor) -> Tensor:
+def choose(logits_BA: Tensor, options: SamplingOptions, waits_BA: Tensor) -> Tensor:
     """Index of the chosen id in each row.
 
     Args:
         logits_BA: fp32 scores of the allowed ids, guidance already applied.
         options: of this modality.
-        uniform_B: fp64 in [0, 1), one number a row.
+        waits_BA: fp64, drawn from the exponential distribution of rate 1.
 
     >>> logits = torch.log(torch.tensor([[0.1, 0.6, 0.3]]))
-    >>> [int(choose(logits, SamplingOptions(), torch.tensor([u]).double())) for u in (0.05, 0.2, 0.95)]
-    [0, 1, 2]
-    >>> int(choose(logits, SamplingOptions(top_k=2), torch.tensor([0.05]).double()))
-    1
+    >>> [int(choose(logits, SamplingOptions(), torch.tensor([waits]).double())) for waits in ([1, 1, 1], [1, 9, 1])]
+    [1, 2]
     """
     if options.temperature == 0:
         return logits_BA.argmax(-1)
-    # fp64 on the CPU: cumulative sums of fp32 would make the last ids unreachable, and devices would differ
-    probabilities_BA = (logits_BA.double().cpu() / options.temperature).softmax(-1)
-    keep_BA = torch.ones_like(probabilities_BA, dtype=torch.bool)
+    return (probabilities(logits_BA, options) / waits_BA).argmax(-1)
+
+
+def probabilities(logits_BA: Tensor, options: SamplingOptions) -> Tensor:
+    """What ids are drawn with at a temperature above 0: fp64, on the CPU, up to a factor for each row.
+
+    >>> probabilities(torch.log(torch.tensor([[0.1, 0.6, 0.3]])), SamplingOptions(top_k=2)).round(decimals=2).tolist()
+    [[0.0, 0.6, 0.3]]
+    """
+    kept_BA = (logits_BA.double().cpu() / options.temperature).softmax(-1)
     if 0 < options.top_k < logits_BA.shape[-1]:
-        threshold_B1 = probabilities_BA.topk(options.top_k, dim=-1).values[:, -1:]
-        keep_BA &= probabilities_BA >= threshold_B1
-    if options.min_p > 0:
-        keep_BA &= probabilities_BA >= options.min_p * probabilities_BA.max(-1, keepdim=True).values
-    probabilities_BA = probabilities_BA * keep_BA
+        kept_BA = kept_BA * (kept_BA >= kept_BA.topk(options.top_k, dim=-1).values[:, -1:])
     if options.top_p < 1:
-        probabilities_BA = probabilities_BA / probabilities_BA.sum(-1, keepdim=True)
-        ordered_BA, index_BA = probabilities_BA.sort(dim=-1, descending=True, stable=True)
-        before_BA = ordered_BA.cumsum(-1) - ordered_BA
-        probabilities_BA = torch.zeros_like(ordered_BA).scatter(-1, index_BA, ordered_BA * (before_BA < options.top_p))
-    cumulative_BA = probabilities_BA.cumsum(-1)
-    target_B1 = uniform_B[:, None].cpu() * cumulative_BA[:, -1:]
-    # right=True skips ids of probability 0; the clamp catches rounding at the very end
-    last_B1 = (probabilities_BA > 0).long().cumsum(-1).argmax(-1, keepdim=True)
-    return torch.minimum(torch.searchsorted(cumulative_BA, target_B1, right=True), last_B1)[:, 0]
+        ordered_BA, index_BA = (kept_BA / kept_BA.sum(-1, keepdim=True)).sort(dim=-1, descending=True, stable=True)
+        is_in_BA = ordered_BA.cumsum(-1) - ordered_BA < options.top_p
+        kept_BA = kept_BA * torch.zeros_like(is_in_BA).scatter(-1, index_BA, is_in_BA)
+    if options.min_p > 0:
+        kept_BA = kept_BA * (kept_BA >= options.min_p * kept_BA.max(-1, keepdim=True).values)
+    return kept_BA

@@ -111,9 +111,10 @@ class _Batch:
         if options.guidance_scale != 1:
             twins_BA = self.engine.logits(self.hidden[[self._twin(place) for place in places]], ranges)
             logits_BA = twins_BA + options.guidance_scale * (logits_BA - twins_BA)
-        generators = [self.states[self.active[place]].generator for place in places]
-        uniform_B = torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
-        return allowed_A[choose(logits_BA, options, uniform_B).cpu().numpy()]
+        waits_BA = torch.empty(logits_BA.shape, dtype=torch.float64)
+        for row, place in enumerate(places):
+            waits_BA[row].exponential_(generator=self.states[self.active[place]].generator)
+        return allowed_A[choose(logits_BA, options, waits_BA).cpu().numpy()]
 
     def _twin(self, place: int) -> int:
         """The row of a sample's unconditional twin; its own row (guidance then changes nothing) where it has none."""

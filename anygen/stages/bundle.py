@@ -80,7 +80,7 @@ def main(config: BundleConfig) -> StageResult:
 
 def _exact(metrics: dict[str, float]) -> dict[str, float]:
     """The figures that a resumed run repeats to the last bit: means over the last steps begin anew at a restart."""
-    is_trained = "lr" in metrics
+    is_trained = any(name == "lr" or name.startswith("validation_") for name in metrics)
     return {name: value for name, value in metrics.items() if not is_trained or name.startswith("validation_")}
 
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from anygen.data.records import Record, write_shard
 from anygen.data.sources import AnySource, Source
 from anygen.errors import DataError, InputError
-from anygen.files import read_json, remove_leftovers, write_json
+from anygen.files import read_json, write_json
 from anygen.stages.base import StageConfig, StageResult
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import Progress
@@ -48,8 +48,6 @@ class DataConfig(StageConfig):
 
 def main(config: DataConfig) -> StageResult:
     """Make every shard that is not there yet."""
-    config.folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(config.folder)
     shards = _plan([source.open() for source in config.sources], config.records_per_shard)
     for split in ("train", "validation"):
         if not any(name.startswith(f"{split}-") for name, _ in shards):
@@ -67,7 +65,8 @@ def main(config: DataConfig) -> StageResult:
             is_new = not path.exists()
             if is_new:
                 _make_shard(path, items, pool)
-            bad += read_json(path.with_suffix(".json"))["bad"]
+            facts = read_json(path.with_suffix(".json"))
+            bad += facts["bad"]
             if len(bad) > config.max_bad_share * sum(len(i) for _, i in shards):
                 raise DataError(
                     f"{len(bad)} items are unusable, above max_bad_share={config.max_bad_share}; first: {bad[0]}"
@@ -76,7 +75,7 @@ def main(config: DataConfig) -> StageResult:
                 stop.check(f"shards up to {name} are in {config.folder}")
             outputs.append(path)
             split = name.rpartition("-")[0]
-            counts[split] = counts.get(split, 0) + len(items)
+            counts[split] = counts.get(split, 0) + facts["items"] - len(facts["bad"])
             progress.advance(count=len(items))
     progress.close()
     for fault in bad[:20]:

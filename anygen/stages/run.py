@@ -16,9 +16,9 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from anygen.config import build, merge, parse_overrides, read_yaml
+from anygen.config import build, override, read_yaml
 from anygen.errors import CheckpointError, ConfigError
-from anygen.files import read_json, write_json
+from anygen.files import read_json, remove_leftovers, write_json
 from anygen.stages.base import StageConfig, StageResult
 from tokenizers_mm.codes import fingerprint_of
 
@@ -62,7 +62,7 @@ def load_recipe(
     Raises:
         ConfigError: unreadable, no such stage, or a key or value that does not fit, by name.
     """
-    values = merge(read_yaml(path), parse_overrides(overrides))
+    values = override(read_yaml(path), overrides)
     if root is not None:
         values["root"] = root
     elif default_root is not None:
@@ -117,6 +117,7 @@ def _run_locked(config: StageConfig) -> StageResult:
         return done
     _move_aside_if_other(config, identity)
     config.folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(config.folder)
     write_json(config.folder / STARTED_JSON, {"identity": identity})
     logger.info("%s: running in %s", config.stage, config.folder)
     started = time.monotonic()
@@ -195,14 +196,14 @@ def _overrides_by_stage(
 ) -> tuple[dict[str, Any], dict[str, list[str]]]:
     shared: dict[str, Any] = {}
     own: dict[str, list[str]] = {}
-    for override in overrides:
-        stage, dot, rest = override.partition(".")
-        if override.startswith("root="):
-            shared |= parse_overrides([override])
+    for text in overrides:
+        stage, dot, rest = text.partition(".")
+        if text.startswith("root="):
+            shared = override(shared, [text])
         elif dot and stage in recipes and "=" in rest:
             own.setdefault(stage, []).append(rest)
         else:
             raise ConfigError(
-                f"override {override!r}: write stage.key=value (stages here: {', '.join(recipes)}) or root=FOLDER"
+                f"override {text!r}: write stage.key=value (stages here: {', '.join(recipes)}) or root=FOLDER"
             )
     return shared, own

@@ -16,7 +16,7 @@ import torch
 from anygen.data.coded import CodedRecord, CodedUtterance, write_coded_shard
 from anygen.data.records import Record, RecordStore
 from anygen.errors import DataError
-from anygen.files import is_published, remove_leftovers
+from anygen.files import is_published
 from anygen.stages.base import StageConfig, StageResult
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import Progress
@@ -38,7 +38,6 @@ def main(config: TokenizeConfig) -> StageResult:
     """Encode every shard that is not there yet."""
     image, audio = open_media_tokenizers(config.root)
     facts = coded_facts(image, audio)
-    remove_leftovers(config.folder)
     paths = sorted((config.root / "data").glob("*.tar"))
     if not paths:
         raise DataError(f"{config.root / 'data'} has no shards: run the stage data first")

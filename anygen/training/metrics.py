@@ -24,7 +24,9 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         kept = [row for row in read_metrics(self.path) if row["step"] < resume_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary = folder / f".tmp-{METRICS_FILE}"  # a kill in between must not cost the history
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        temporary.replace(self.path)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line for `step`."""

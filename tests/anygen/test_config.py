@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from anygen.config import Config, build, merge, parse_overrides, read_yaml
+from anygen.config import Config, build, override, read_yaml
 from anygen.data.sources import EmojiSource
 from anygen.errors import ConfigError, InputError
 from anygen.recipes_index import copy_recipe, find_recipe, list_recipes, recipes_folder
@@ -27,7 +27,7 @@ class Outer(Config):
 
 
 def test_values_come_from_defaults_yaml_and_overrides_in_that_order() -> None:
-    values = merge({"steps": 5, "inner": {"lr": "1e-4"}}, parse_overrides(["inner.lr=1e-2"]))
+    values = override({"steps": 5, "inner": {"lr": "1e-4"}}, ["inner.lr=1e-2"])
     config = build(Outer, values, source="x")
     assert (config.steps, config.inner.lr, config.inner.betas) == (5, 0.01, (0.9, 0.99))
 
@@ -49,15 +49,27 @@ def test_faults_are_named(values: dict, match: str) -> None:
         build(Outer, values, source="r.yaml")
 
 
-@pytest.mark.parametrize("override", ["steps", "=1", "a..b=1", "a=[1", "a.=2"])
-def test_malformed_overrides(override: str) -> None:
+@pytest.mark.parametrize("text", ["steps", "=1", "a..b=1", "a=[1", "a.=2"])
+def test_malformed_overrides(text: str) -> None:
     with pytest.raises(ConfigError, match="override"):
-        parse_overrides([override])
+        override({}, [text])
 
 
-def test_contradicting_overrides() -> None:
-    with pytest.raises(ConfigError, match="contradicts"):
-        parse_overrides(["a=1", "a.b=2"])
+def test_an_override_inside_a_number() -> None:
+    with pytest.raises(ConfigError, match="'a' holds 1, which has no keys"):
+        override({}, ["a=1", "a.b=2"])
+
+
+def test_an_override_leaves_the_values_as_they_were() -> None:
+    values = {"a": {"b": 1}}
+    assert override(values, ["a.b=2"]) == {"a": {"b": 2}} and values == {"a": {"b": 1}}
+
+
+def test_the_override_of_the_readme_replaces_the_mixture() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"`pretrain\.(mixture=\{.*?\})`", readme)
+    config = load_recipe(find_recipe("smoke/pretrain.yaml"), [text], root=Path("unused"))
+    assert config.mixture == {"text>image": 1, "image>text": 1}  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("content", ["", "- 1", "a: [", "5", "\x00", "1: 2"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from anygen.data.emoji_pictures import FONT_PATHS, EmojiFont, on_white
 from anygen.data.scenes import THINGS, is_countable, make_scene
 from anygen.data.sources import EmojiSource
 from anygen.data.speech import RATE_HZ, check_voices, speak, trimmed
-from anygen.errors import DataError, MissingDependency
+from anygen.errors import AnyGenError, DataError, MissingDependency
 
 needs_font = pytest.mark.skipif(
     not any(path.is_file() for path in FONT_PATHS), reason="needs the Debian package fonts-noto-color-emoji"
@@ -125,6 +127,23 @@ def test_flite_speaks_deterministically_at_16_khz() -> None:
     assert np.abs(one.samples_T).max() == pytest.approx(0.7, abs=1e-3)
     assert not np.array_equal(one.samples_T, speak("a red apple", "awb").samples_T)
     assert speak("-h --help; $(rm -rf /)", "kal").duration_s > 0.1, "text is never an option or a command"
+
+
+def test_a_voice_is_not_reached_by_ctrl_c_and_one_that_is_killed_is_no_bad_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    program = tmp_path / "flite"
+    program.write_text(
+        "#!/bin/sh\nkill -INT 0\n"
+    )  # its whole process group: without a session of its own, this test too
+    program.chmod(0o755)
+    with pytest.raises(AnyGenError, match="killed by signal 2") as raised:
+        speak("a red apple", "slt")
+    assert not isinstance(raised.value, DataError), "a record must not be left out for it"
+    program.write_text("#!/bin/sh\necho no such word >&2\nexit 3\n")
+    with pytest.raises(DataError, match="'slt' could not speak 'a red apple': no such word"):
+        speak("a red apple", "slt")
 
 
 @needs_espeak

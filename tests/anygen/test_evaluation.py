@@ -49,3 +49,7 @@ def test_retrieval_finds_the_real_thing_and_counts_twins_as_one() -> None:
     assert world.classes[norway] == world.classes[bouvet]
     assert set(captions(world.emoji[bouvet].parts)) <= world.captions_of(norway)
     assert world.classes[names["cat"]] != world.classes[names["dog"]]
+    assert set(world.spoken_forms_of(norway)) < world.captions_of(norway)
+    held_out, twin = world.held_out(), names["snowboarder_light_skin_tone"]
+    assert world.emoji[twin].split != "train" and world.classes[twin] == world.classes[names["snowboarder"]]
+    assert twin not in held_out and 300 < len(held_out) < 400, "the font draws it like one that was seen"
