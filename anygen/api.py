@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,8 +86,16 @@ class AnyGen:
         """
         return self.generate_batch([Request.of(arguments)])[0]
 
-    def generate_batch(self, requests: Sequence[Request]) -> list[Output]:
-        """Several requests in one batch; each answer is what it would be alone."""
+    def generate_batch(self, requests: Iterable[Request]) -> list[Output]:
+        """Several requests in one batch; each answer is what it would be alone.
+
+        Raises:
+            InputError: something in `requests` is no `Request`, or cannot be used.
+        """
+        requests = list(requests)
+        for request in requests:
+            if not isinstance(request, Request):
+                raise InputError(f"generate_batch takes a list of Request; got {type(request).__name__} in it")
         states = [self._states(request) for request in requests]
         for _ in sample(self.engine, [state for group in states for state in group]):
             pass
@@ -131,11 +139,12 @@ class AnyGen:
         )
         prompt = self.sequencer.prompt(document)
         dropped = self.sequencer.prompt(document, drop_inputs=True) if document.segments else None
-        room = self.engine.max_positions - len(prompt)
-        if room < self.grammar.smallest_budget(plan):
+        self.grammar.check(plan)
+        room, needed = self.engine.max_positions - len(prompt), self.grammar.smallest_budget(plan)
+        if room < needed:
             raise InputError(
-                f"the input takes {len(prompt)} of this model's {self.engine.max_positions} positions, too many for an "
-                "answer: shorten it"
+                f"the input takes {len(prompt)} of this model's {self.engine.max_positions} positions and the answer "
+                f"at least {needed}: shorten the input, or ask for less"
             )
         budget = request.max_new_tokens or min(self._default_budget(plan), room)
         options = request.options(self.bundle.defaults)

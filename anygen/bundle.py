@@ -103,7 +103,7 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
     """Open and check a bundle; None opens the embedded one.
 
     Raises:
-        InputError: the path does not exist.
+        InputError: the path does not exist, or the device cannot be used.
         CheckpointError: not a bundle, of another format, damaged, or its parts do not belong together.
     """
     path = default_bundle() if folder is None else Path(folder)
@@ -124,11 +124,22 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
         provenance = dict(facts["provenance"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / ANYGEN_JSON} is broken: {type(error).__name__}: {error}") from error
-    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    target = _usable(device)
     tokenizers = load_tokenizers(path / "tokenizers", vocabulary, target)
     vocabulary.check(tokenizers)
     model = _load_model(path, vocabulary).to(target)
     return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, list_renderers(path / "decoders"))
+
+
+def _usable(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, AssertionError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"device {device!r} cannot be used here: expected 'auto', 'cpu' or, with a GPU, 'cuda'"
+        ) from error
 
 
 def load_tokenizers(folder: Path, vocabulary: Vocabulary, device: torch.device) -> Tokenizers:
@@ -153,6 +164,9 @@ def _load_model(path: Path, vocabulary: Vocabulary) -> Any:
         raise CheckpointError(
             f"the model has {config_json.get('vocab_size')} ids, its vocabulary {vocabulary.size}: not of one bundle"
         )
+    positions = config_json.get("max_position_embeddings")
+    if not isinstance(positions, int) or positions < 1:
+        raise CheckpointError(f"{path / 'config.json'} is broken: max_position_embeddings is {positions!r}")
     try:
         model, report = Qwen3ForCausalLM.from_pretrained(
             path,

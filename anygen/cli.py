@@ -35,16 +35,16 @@ OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VAL
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every expected fault is one sentence on stderr."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("transformers", "accelerate", "httpx"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("anygen").setLevel(logging.INFO)
     try:
         app(args=arguments, standalone_mode=True)
     except Exception as error:
         _leave(error)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        raise SystemExit(130) from None
+    except SystemExit as leaving:
+        if leaving.code == 130:  # typer turned Ctrl-C into it
+            print("Interrupted.", file=sys.stderr)
+        raise
 
 
 def _leave(error: Exception) -> None:
@@ -112,7 +112,6 @@ def generate(
         duration_s=duration_s,
     )
     request.inputs  # noqa: B018  a bad file is told before the model is loaded
-    out.mkdir(parents=True, exist_ok=True)
     result = AnyGen.from_pretrained(model).generate_batch([request])[0]
     files = result.save(out)
     if as_json:
@@ -212,6 +211,8 @@ def tokenize(
     from anygen.request import Request
 
     inputs = Request(text=text, image=image, audio=audio, output="any").inputs
+    if not inputs:
+        raise InputError("nothing to tokenize: give --text, --image or --audio")
     opened = AnyGen.from_pretrained(model)
     rows = []
     for segment in inputs:

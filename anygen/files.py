@@ -18,6 +18,8 @@ from typing import Any
 from anygen.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+_UNLISTED = (MANIFEST, "README.md")
+"""Not in the manifest; a card is for people, who may edit it."""
 _TEMPORARY, _REPLACED = ".tmp-", ".old-"
 
 
@@ -100,21 +102,24 @@ def verify(folder: Path) -> None:
     """Check every file of a published folder against its manifest, sizes first.
 
     Raises:
-        CheckpointError: no manifest, or a file that is missing or was changed, by name.
+        CheckpointError: no manifest, or a file that is missing, was changed or (weights) was added, by name.
     """
     manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{folder / MANIFEST} is not a manifest")
+    if not isinstance(manifest, dict) or not manifest:
+        raise CheckpointError(f"{folder / MANIFEST} lists no files")
     for name, facts in manifest.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
         try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(f"{folder / MANIFEST} names a file outside its folder: {name!r}")
             good = path.stat().st_size == facts["bytes"] and sha256_of(path) == facts["sha256"]
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is missing or its entry is broken: {error}") from error
         if not good:
             raise CheckpointError(f"{path} was changed or damaged after it was written (its checksum differs)")
+    for path in folder.rglob("*.safetensors"):
+        if path.relative_to(folder).as_posix() not in manifest:
+            raise CheckpointError(f"{path} is not in {MANIFEST}: nothing says that it is what was written")
 
 
 def is_published(folder: Path) -> bool:
@@ -130,7 +135,7 @@ def _sums(folder: Path) -> dict[str, dict[str, Any]]:
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in _UNLISTED
     }
 
 

@@ -78,10 +78,7 @@ class Grammar:
             InputError: an empty plan, a modality that the vocabulary lacks, a shape out of bounds, or too small a
             budget.
         """
-        if not plan.blocks:
-            raise InputError("ask for at least one output")
-        for block in plan.blocks:
-            self._check(block)
+        self.check(plan)
         if budget < self.smallest_budget(plan):
             names = ", ".join(block.modality for block in plan.blocks)
             raise InputError(
@@ -89,6 +86,13 @@ class Grammar:
                 f"it takes at least {self.smallest_budget(plan)}"
             )
         return Walk(self, plan, budget)
+
+    def check(self, plan: Plan) -> None:
+        """Raises InputError for an empty plan, a modality that the vocabulary lacks, or a shape out of bounds."""
+        if not plan.blocks:
+            raise InputError("ask for at least one output")
+        for block in plan.blocks:
+            self._check(block)
 
     def _check(self, block: Block) -> None:
         if block.modality not in self.vocabulary.modalities:
@@ -106,14 +110,17 @@ class Grammar:
             "region": block.shape in ((2,), (4,)),
         }[block.modality]
         if not good:
-            raise InputError(f"this model cannot give {block.modality} output of shape {block.shape}")
+            bounds = f"at most {self.layout.max_side} patches a side, {self.layout.max_frames} frames of sound"
+            raise InputError(
+                f"this model cannot give {block.modality} output of shape {block.shape}; it gives {bounds}"
+            )
 
 
 class Walk:
     """One sample on its way through the grammar.
 
     `allowed` says which ids may come next; `push` takes the chosen one; `done` is True after `<eos>`. `is_cut` turns
-    True where the budget, not the model, ended a text or the answer.
+    True where the budget ended a text or the answer, or left a picture or sound less than its native shape.
     """
 
     def __init__(self, grammar: Grammar, plan: Plan, budget: int) -> None:
@@ -191,6 +198,8 @@ class Walk:
             self._block = self._plan.blocks[self._next_block]
             self._next_block += 1
         self._shape, self._body, self._num_written = [], [], 0
+        if self._block.shape is None:
+            self.is_cut |= self._room() <= self._grammar.native_num_body(self._block)
         return self._inside()
 
     def _close(self) -> Ranges:

@@ -123,6 +123,8 @@ def _picture(path: Path) -> Facts:
 
 def _answer(path: Path) -> Facts:
     """A text or sound of `Output.save`, or its JSON: the provenance lies in the JSON."""
+    if (path.parent / "anygen.json").is_file():
+        raise InputError(f"{path} is part of a bundle: inspect {path.parent}")
     sidecar = path if path.suffix == ".json" else path.with_name(f"{path.name.split('-')[0]}.json")
     facts = read_json(sidecar) if sidecar.is_file() else {}
     if "request" not in facts or (path != sidecar and path.name not in facts.get("files", ())):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import shutil
 from pathlib import Path
@@ -29,8 +30,14 @@ def find_recipe(name: str) -> Path:
         InputError: there is no such recipe.
     """
     if name not in list_recipes():
-        raise InputError(f"there is no recipe {name!r}; there are {', '.join(list_recipes())}")
+        near = difflib.get_close_matches(name, [*_families(), *list_recipes()], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(list_recipes())}"
+        raise InputError(f"there is no recipe {name!r}; {hint}")
     return recipes_folder() / name
+
+
+def _families() -> list[str]:
+    return sorted({recipe.split("/")[0] for recipe in list_recipes()})
 
 
 def copy_recipe(name: str, to: Path) -> Path:
@@ -39,10 +46,9 @@ def copy_recipe(name: str, to: Path) -> Path:
     Raises:
         InputError: no such recipe or family, or `to` exists.
     """
-    families = sorted({recipe.split("/")[0] for recipe in list_recipes()})
     if to.exists() and not to.is_dir():
         raise InputError(f"{to} exists already: choose another name")
-    if name in families:
+    if name in _families():
         target = to / name if to.is_dir() else to
         if target.exists():
             raise InputError(f"{target} exists already: choose another name")

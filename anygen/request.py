@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -69,7 +70,7 @@ class Request:
     min_p: float | None = None
     guidance_scale: float | None = None
     """These five override the bundle's defaults for every modality."""
-    size: int | tuple[int, int] | None = None
+    size: int | Sequence[int] | None = None
     """Height and width of generated pictures in pixels, or one side; by default the model chooses."""
     duration_s: float | None = None
     """Length of generated sounds; by default the model chooses."""
@@ -81,24 +82,27 @@ class Request:
     def __post_init__(self) -> None:
         if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):
             raise InputError("pass either content or text, image and audio, not both")
-        if (
-            isinstance(self.num_samples, bool)
-            or not isinstance(self.num_samples, int)
-            or not 1 <= self.num_samples <= MAX_SAMPLES
-        ):
-            raise InputError(f"num_samples must be an integer from 1 to {MAX_SAMPLES}; got {self.num_samples!r}")
-        if self.seed is not None and (
-            isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < _SEEDS
-        ):
-            raise InputError(f"seed must be an integer from 0 to 2**63 - 1; got {self.seed!r}")
-        if self.max_new_tokens is not None and (not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1):
-            raise InputError(f"max_new_tokens must be an integer of 1 or more; got {self.max_new_tokens!r}")
+        for name in (*OPTION_NAMES, "duration_s"):
+            if isinstance(value := getattr(self, name), np.generic):
+                object.__setattr__(self, name, value.item())
+        self._take_integer("num_samples", 1, MAX_SAMPLES)
+        if self.seed is not None:
+            self._take_integer("seed", 0, _SEEDS - 1)
+        if self.max_new_tokens is not None:
+            self._take_integer("max_new_tokens", 1, 2**31)
         if self.task is not None and self.task not in TASKS:
             raise InputError(f"unknown task {self.task!r}; expected one of {', '.join(TASKS)}")
         if self.decoder not in ("codes", "diffusion", "voken"):
             raise InputError(f"decoder must be 'codes', 'diffusion' or 'voken'; got {self.decoder!r}")
         self.outputs  # noqa: B018  checks them
         self.options({})
+
+    def _take_integer(self, name: str, low: int, high: int) -> None:
+        """Check an integer field, and make a numpy integer a plain one."""
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+            raise InputError(f"{name} must be an integer from {low} to {high}; got {value!r}")
+        object.__setattr__(self, name, int(value))
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Request:
@@ -121,10 +125,10 @@ class Request:
         output = self.output
         if output is None:
             if self.task not in _TASK_OUTPUT:
-                raise InputError(
-                    "say what to generate: output='text', 'image', 'audio' or several, e.g. ('text', 'audio')"
-                )
+                raise InputError("say what to generate: output (--output) text, image, audio, or several of them")
             return (_TASK_OUTPUT[self.task],)
+        if not isinstance(output, str | Sequence):
+            raise InputError(f"output is a name or several; got {output!r}")
         names = (output,) if isinstance(output, str) else tuple(output)
         for name in names:
             if name not in get_args(OutputName):
@@ -168,14 +172,14 @@ class Request:
         return Plan(tuple(blocks))
 
     def _grid(self, patch_px: int) -> tuple[int, int]:
-        sides = (self.size, self.size) if isinstance(self.size, int) else self.size
-        if (
-            not isinstance(sides, tuple)
-            or len(sides) != 2
-            or any(not isinstance(s, int) or s < patch_px or s % patch_px for s in sides)
+        sides = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
+        if len(sides) != 2 or any(
+            isinstance(s, bool) or not isinstance(s, int | np.integer) or s < patch_px or s % patch_px for s in sides
         ):
-            raise InputError(f"size must be (height, width) in multiples of {patch_px} px; got {self.size!r}")
-        return sides[0] // patch_px, sides[1] // patch_px
+            raise InputError(
+                f"size must be a side or (height, width), in multiples of {patch_px} px; got {self.size!r}"
+            )
+        return int(sides[0]) // patch_px, int(sides[1]) // patch_px
 
     def _length(self, layout: Layout, frame_rate_hz: float) -> tuple[int, int]:
         duration = self.duration_s
@@ -193,11 +197,9 @@ class Request:
     def generators(self) -> list[tuple[torch.Generator, int | None]]:
         """A CPU generator for each sample, and its seed where it has one."""
         if self.generator is not None:
-            given = (
-                [self.generator] * self.num_samples
-                if isinstance(self.generator, torch.Generator)
-                else list(self.generator)
-            )
+            given: list[Any] = [self.generator] * self.num_samples
+            if isinstance(self.generator, Sequence):
+                given = list(self.generator)
             if len(given) != self.num_samples or any(
                 not isinstance(g, torch.Generator) or g.device.type != "cpu" for g in given
             ):
@@ -213,10 +215,12 @@ class Request:
         for name in ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s"):
             if getattr(self, name) is not None:
                 facts[name] = getattr(self, name)
+        if isinstance(self.size, Sequence):
+            facts["size"] = [int(side) for side in self.size]
         return facts
 
 
-def _flattened(content: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _flattened(content: Sequence[Mapping[str, Any]], *, is_message: bool = False) -> list[Mapping[str, Any]]:
     """Items of a content list, or of the content of chat messages."""
     if isinstance(content, str | bytes) or not isinstance(content, Sequence):
         raise InputError(
@@ -226,9 +230,9 @@ def _flattened(content: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     for item in content:
         if not isinstance(item, Mapping):
             raise InputError(f"content holds a {type(item).__name__}; every item is a dict with a 'type'")
-        if "role" in item and "content" in item:
+        if "role" in item and "content" in item and not is_message:
             inner = item["content"]
-            items += [{"type": "text", "text": inner}] if isinstance(inner, str) else _flattened(inner)
+            items += [{"type": "text", "text": inner}] if isinstance(inner, str) else _flattened(inner, is_message=True)
         else:
             items.append(item)
     return items
@@ -236,11 +240,12 @@ def _flattened(content: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _segment(item: Mapping[str, Any]) -> Segment:
     modality = item.get("type")
-    if modality not in MODALITIES or modality not in item:
-        raise InputError(
-            f"content item needs type {', '.join(MODALITIES)} and a value under that name; got {sorted(item)}"
-        )
-    value = item[modality]
+    if modality not in MODALITIES:
+        raise InputError(f"a content item needs a type, {', '.join(MODALITIES)}; got {modality!r}")
+    names = [name for name in (modality, "path", "url") if name in item]  # the last two as in transformers' chats
+    if not names:
+        raise InputError(f"a content item of type {modality!r} needs its value under {modality!r}; got {sorted(item)}")
+    value = item[names[0]]
     media: Media
     if modality == "text":
         if not isinstance(value, str):
@@ -251,7 +256,7 @@ def _segment(item: Mapping[str, Any]) -> Segment:
     elif modality == "audio":
         media = load_sound(value)
     else:
-        media = value if isinstance(value, Region) else Region(tuple(value))
+        media = value if isinstance(value, Region) else Region(tuple(value) if isinstance(value, Sequence) else value)
     return Segment(modality, media)
 
 

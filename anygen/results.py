@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from anygen.documents import Segment
 from anygen.errors import InputError
 from tokenizers_mm.media import Audio, Region
 
+_NUMBERED = re.compile(r"(\d{2,})[-.]")
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -24,7 +27,7 @@ class Sample:
     seed: int | None
     """The seed of this very sample; None where the caller passed a generator."""
     finish_reason: Literal["eos", "length"]
-    """`length` where `max_new_tokens` cut a text short, or left no room for another block."""
+    """`length` where `max_new_tokens` cut a text short, made a picture or sound smaller, or left no room for more."""
     ids: tuple[int, ...] = field(repr=False)
     """The generated ids."""
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -88,11 +91,20 @@ class Output:
         return found[0]
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Write every medium and, beside each sample, a JSON with its provenance; returns the media files."""
+        """Write every medium and, beside each sample, a JSON with its provenance; returns the media files.
+
+        Samples are numbered on from those that are there: nothing is written over.
+
+        Raises:
+            InputError: `folder` is a file.
+        """
         folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file; generated media go to a folder")
         folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(found[1]) for path in folder.iterdir() if (found := _NUMBERED.match(path.name))]
         written = []
-        for index, sample in enumerate(self.samples):
+        for index, sample in enumerate(self.samples, max(taken, default=-1) + 1):
             files = [
                 _save_segment(folder / f"{index:02d}-{place}-{segment.modality}", segment, sample)
                 for place, segment in enumerate(sample.segments)

@@ -131,13 +131,16 @@ class ImageTokenizer:
 
 
 def square(picture: Image.Image, side_px: int) -> Image.Image:
-    """Padded to a square with white, scaled to `side_px`."""
-    longest = max(picture.size)
-    if picture.size != (longest, longest):
-        canvas = Image.new("RGB", (longest, longest), "white")
-        canvas.paste(picture, ((longest - picture.width) // 2, (longest - picture.height) // 2))
-        picture = canvas
-    return picture if longest == side_px else picture.resize((side_px, side_px), Image.Resampling.LANCZOS)
+    """Scaled so that the longer side is `side_px`, padded to a square with white."""
+    scale = side_px / max(picture.size)
+    if scale != 1:  # before padding: the square of a 16,384 x 1 picture would take 800 MB
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    if picture.size == (side_px, side_px):
+        return picture
+    canvas = Image.new("RGB", (side_px, side_px), "white")
+    canvas.paste(picture, ((side_px - picture.width) // 2, (side_px - picture.height) // 2))
+    return canvas
 
 
 def to_pixels(picture: Image.Image) -> Tensor:

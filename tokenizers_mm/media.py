@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokenizers_mm.errors import InputError
 
@@ -33,6 +33,8 @@ MAX_SOUND_BYTES = 50 * 2**20
 MAX_SOUND_DURATION_S = 60.0
 MIN_RATE_HZ, MAX_RATE_HZ = 4_000, 192_000
 MAX_CHANNELS = 8
+MAX_AMPLITUDE = 8.0
+"""Beyond full scale is allowed, sound may be hot; beyond this it is not in [-1, 1] at all."""
 
 # soundfile 0.14 bundles libsndfile 1.2.2, whose ADPCM and MAT4 readers have open CVEs: only these WAV codecs reach it.
 _WAV_PCM, _WAV_FLOAT, _WAV_EXTENSIBLE = 1, 3, 0xFFFE
@@ -81,7 +83,14 @@ class Region:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if len(self.values) not in (2, 4) or not all(0.0 <= value <= 1.0 for value in self.values):
+        if (
+            not isinstance(self.values, tuple)
+            or len(self.values) not in (2, 4)
+            or not all(
+                isinstance(value, int | float | np.integer | np.floating) and 0.0 <= value <= 1.0
+                for value in self.values
+            )
+        ):
             raise InputError(f"a region is 2 or 4 fractions in [0, 1]: (x, y) or (x0, y0, x1, y1); got {self.values}")
 
 
@@ -94,36 +103,23 @@ def load_picture(source: PictureSource) -> Image.Image:
     Raises:
         InputError: missing or unreadable file, not a picture, or beyond the limits of this module.
     """
-    if isinstance(source, Image.Image):
-        return _to_rgb(source)
-    if isinstance(source, np.ndarray):
-        if (
-            source.dtype != np.uint8
-            or source.ndim not in (2, 3)
-            or (source.ndim == 3 and source.shape[2] not in (3, 4))
-        ):
-            raise InputError(
-                f"a picture array is uint8, H x W, H x W x 3 or H x W x 4; got {source.dtype} {source.shape}"
-            )
-        if 0 in source.shape:
-            raise InputError(f"a picture has at least one pixel; got an array of shape {source.shape}")
-        return _to_rgb(Image.fromarray(source))
-    data, name = _read_bytes(source, "picture", MAX_PICTURE_BYTES)
+    name = source if isinstance(source, str | Path) else "the picture"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limits follow; Pillow's bomb warning would only repeat them
-            picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+            picture = _open_picture(source)
             width, height = picture.size
-            if width * height > MAX_PICTURE_PIXELS or max(width, height) > MAX_PICTURE_SIDE_PX:
+            if not 0 < width * height <= MAX_PICTURE_PIXELS or max(width, height) > MAX_PICTURE_SIDE_PX:
                 raise InputError(
-                    f"{name} has {width} x {height} pixels; at most {MAX_PICTURE_PIXELS:,} pixels and "
+                    f"{name} has {width} x {height} pixels; 1 to {MAX_PICTURE_PIXELS:,} pixels and at most "
                     f"{MAX_PICTURE_SIDE_PX} per side are read: make it smaller first"
                 )
             return _to_rgb(picture)
     except InputError:
         raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{name} is not a readable picture ({', '.join(PICTURE_FORMATS)})") from error
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, OverflowError, MemoryError) as error:
-        # UnidentifiedImageError is an OSError; DecompressionBombError comes as an Exception of its own below
         raise InputError(
             f"{name} is not a readable picture ({', '.join(PICTURE_FORMATS)}): {_first_line(error)}"
         ) from error
@@ -148,40 +144,66 @@ def load_sound(source: SoundSource, *, rate_hz: int | None = None) -> Audio:
             raise InputError("a sound in memory is a pair (numpy array of samples, rate in Hz)")
         sound = _checked(source[0], source[1], "the sound")
     else:
-        data, name = _read_bytes(source, "sound", MAX_SOUND_BYTES)
-        sound = _decode_sound(data, name)
+        data = _read_bytes(source, "sound", MAX_SOUND_BYTES, "a path, bytes or (array, rate)")
+        sound = _decode_sound(data, str(source) if isinstance(source, str | Path) else "the sound")
     return sound if rate_hz is None else sound.resampled(rate_hz)
 
 
-def _read_bytes(source: str | Path | bytes, kind: str, limit: int) -> tuple[bytes, str]:
+def _open_picture(source: PictureSource) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return source
+    if not isinstance(source, np.ndarray):
+        data = _read_bytes(source, "picture", MAX_PICTURE_BYTES, "a PIL image, a path, bytes or a uint8 array")
+        return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+    if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)):
+        raise InputError(f"a picture array is uint8, H x W, H x W x 3 or H x W x 4; got {source.dtype} {source.shape}")
+    if 0 in source.shape:
+        raise InputError(f"a picture has at least one pixel; got an array of shape {source.shape}")
+    return Image.fromarray(source)
+
+
+def _read_bytes(source: Any, kind: str, limit: int, expected: str) -> bytes:
     if isinstance(source, bytes):
         data, name = source, f"the {kind}"
     elif isinstance(source, str | Path):
-        path, name = Path(source), str(source)
-        try:
-            if path.stat().st_size > limit:
-                raise InputError(f"{name} has {path.stat().st_size:,} bytes; a {kind} file may have {limit:,}")
-            data = path.read_bytes()
-        except InputError:
-            raise
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot read the {kind} {name!r}: {_first_line(error)}") from error
+        data, name = _read_file(source, kind, limit), str(source)
     else:
-        raise InputError(f"cannot use {type(source).__name__} as a {kind}; pass a path, bytes or an array")
+        raise InputError(f"cannot use {type(source).__name__} as a {kind}; pass {expected}")
     if len(data) > limit:
         raise InputError(f"{name} has {len(data):,} bytes; a {kind} may have {limit:,}")
     if not data:
         raise InputError(f"{name} is empty (0 bytes); expected a {kind}")
-    return data, name
+    return data
+
+
+def _read_file(source: str | Path, kind: str, limit: int) -> bytes:
+    path = Path(source)
+    if "://" in str(source):
+        raise InputError(f"cannot read the {kind} {str(source)!r}: addresses are never opened, download it first")
+    try:
+        if path.exists() and not path.is_file():  # a device never ends, a pipe may never begin
+            raise InputError(f"cannot read the {kind} {str(source)!r}: it is not a file")
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
+        raise InputError(f"cannot read the {kind} {str(source)!r}: {reason}") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # 16 bit and more: scale, do not clip
         values_HW = np.asarray(picture, dtype=np.float64)
-        top = 65535.0 if values_HW.max(initial=0.0) > 255 else 255.0
+        if not np.isfinite(values_HW).all():
+            raise InputError("the picture holds NaN or infinite values")
+        tops = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0)
+        top = next((top for top in tops if values_HW.max() <= top), tops[-1])
         picture = Image.fromarray((np.clip(values_HW / top, 0.0, 1.0) * 255).round().astype(np.uint8))
-    if picture.mode in ("RGBA", "LA", "PA", "P", "RGBa", "La"):
+    if picture.mode == "La":  # Pillow converts it to LA only
+        picture = picture.convert("LA")
+    if picture.has_transparency_data:
         layer = picture.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         white.alpha_composite(layer)
@@ -206,7 +228,8 @@ def _decode_sound(data: bytes, name: str) -> Audio:
     except (soundfile.LibsndfileError, ValueError, OSError, MemoryError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{name} is not a readable sound (WAV, FLAC, OGG): {_first_line(error)}") from error
+        reason = getattr(error, "error_string", None) or _first_line(error)  # libsndfile's line names our buffer
+        raise InputError(f"{name} is not a readable sound (WAV, FLAC, OGG): {reason}") from error
 
 
 def _check_container(data: bytes, name: str) -> None:
@@ -223,8 +246,12 @@ def _check_container(data: bytes, name: str) -> None:
 def _checked(samples: npt.NDArray[Any], rate_hz: Any, name: str) -> Audio:
     if not isinstance(rate_hz, int | np.integer) or not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
         raise InputError(f"{name} has rate {rate_hz!r}; expected an integer from {MIN_RATE_HZ} to {MAX_RATE_HZ} Hz")
+    if not isinstance(samples, np.ndarray):
+        raise InputError(f"{name} has samples in a {type(samples).__name__}; expected a numpy array")
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= MAX_CHANNELS):
-        raise InputError(f"{name} has shape {samples.shape}; expected T or T x channels (at most {MAX_CHANNELS})")
+        raise InputError(
+            f"{name} has shape {samples.shape}; expected T or T x channels (at most {MAX_CHANNELS}): transpose it?"
+        )
     if not np.issubdtype(samples.dtype, np.floating):
         raise InputError(f"{name} has samples of type {samples.dtype}; expected floats in [-1, 1]")
     if len(samples) == 0:
@@ -235,6 +262,11 @@ def _checked(samples: npt.NDArray[Any], rate_hz: Any, name: str) -> Audio:
     mono_T = np.ascontiguousarray(mono_T, dtype=np.float32)
     if not np.isfinite(mono_T).all():
         raise InputError(f"{name} holds NaN or infinite samples")
+    if np.abs(mono_T).max() > MAX_AMPLITUDE:
+        raise InputError(
+            f"{name} has samples up to {np.abs(mono_T).max():.4g}; expected floats in [-1, 1]: "
+            "divide 16-bit values by 32768"
+        )
     return Audio(mono_T, int(rate_hz))
 
 

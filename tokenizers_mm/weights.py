@@ -25,6 +25,7 @@ UNREADABLE = (
     KeyError,
     TypeError,
     AttributeError,
+    ArithmeticError,
     SafetensorError,
     StrictDataclassError,
 )

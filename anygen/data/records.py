@@ -171,9 +171,11 @@ def _read_at(file: Any, offset: int, size: int) -> bytes:
 def _read_record(path: Path, key: str, fields: dict[str, bytes]) -> Record:
     try:
         facts = json.loads(fields["json"]) if "json" in fields else {}
-        captions = list(facts.get("captions", ()))
+        captions = facts.get("captions", [])
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+            raise TypeError(f"captions are a list of texts, not {captions!r:.80}")
         if "txt" in fields:
-            captions.append(fields["txt"].decode("utf-8").strip())
+            captions = [*captions, fields["txt"].decode("utf-8").strip()]
         sounds = {
             name.rpartition(".")[0] or "voice": data
             for name, data in fields.items()
@@ -185,11 +187,11 @@ def _read_record(path: Path, key: str, fields: dict[str, bytes]) -> Record:
         return Record(
             key,
             str(facts.get("kind", "pair")),
-            tuple(str(caption) for caption in captions),
+            tuple(captions),
             next((data for name, data in fields.items() if name.split(".")[-1] in PICTURE_TYPES), None),
             tuple(Utterance(str(u["text"]), str(u["voice"]), sounds[u["voice"]]) for u in spoken),
             tuple((str(o["name"]), Region(tuple(o["region"]))) for o in facts.get("objects", ())),
             tuple((str(q), str(a)) for q, a in facts.get("questions", ())),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: record {key!r} is broken: {type(error).__name__}: {error}") from error

@@ -89,9 +89,13 @@ class FolderSource(SourceConfig):
     held_out_value: str | None = None
 
     def listing(self) -> str | None:
-        """Hash of `metadata.jsonl`."""
+        """Hash of `metadata.jsonl`, and the sizes of the files that it names."""
         path = self.path / "metadata.jsonl"
-        return sha256_of(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        names = {row["file_name"] for row in _Folder(self).rows}
+        sizes = {name: file.stat().st_size if (file := self.path / name).is_file() else None for name in names}
+        return fingerprint_of({"metadata": sha256_of(path), "sizes": sizes})
 
     def open(self) -> Source:
         """The source itself."""
@@ -201,7 +205,7 @@ class _Folder:
         self.config = config
         path = config.path / "metadata.jsonl"
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() also splits at U+2028
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() also splits at U+2028
         except OSError as error:
             raise DataError(
                 f"cannot read {path}: {error.strerror or error}; a data folder needs a metadata.jsonl"
@@ -214,10 +218,15 @@ class _Folder:
     def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         try:
             row = json.loads(line)
-            assert isinstance(row["file_name"], str)
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise DataError(f"{path}, line {number}: expected a JSON object with file_name (and text)") from error
-        return {**row, "line": number}  # one file may stand in several lines, with a caption each
+            text = row.get("text", row.get("caption"))
+            assert isinstance(row["file_name"], str) and (text is None or isinstance(text, str))
+            assert "\0" not in row["file_name"] + (text or "")
+            (row["file_name"] + (text or "")).encode()  # JSON can spell half a character
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+            raise DataError(
+                f"{path}, line {number}: expected a JSON object with the texts file_name and, if there is one, text"
+            ) from error
+        return {**row, "text": text or "", "line": number}  # one file may stand in several lines, with a caption each
 
     def items(self) -> Items:
         items: Items = {"train": [], "validation": [], "test": [], "unheard": []}
@@ -232,7 +241,7 @@ class _Folder:
         path = (root / item["file_name"]).resolve()
         if not path.is_relative_to(root):
             raise DataError(f"metadata.jsonl names a file outside its folder: {item['file_name']!r}")
-        text = str(item.get("text", item.get("caption", "")))
+        text = item["text"]
         key = hashlib.sha256(json.dumps([item["file_name"], item["line"]]).encode()).hexdigest()[:20]
         ending = path.suffix.lower().lstrip(".")
         if ending in SOUND_TYPES:

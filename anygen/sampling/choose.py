@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,9 +49,11 @@ class SamplingOptions:
         }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= high or (name == "top_k" and value != int(value)):
-                raise InputError(f"{name} must be a number from {low} to {high}; got {value!r}")
+            is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+            if not is_number or not low <= value <= high or (name == "top_k" and value != int(value)):
+                kind = "an integer" if name == "top_k" else "a number"
+                raise InputError(f"{name} must be {kind} from {low} to {high}; got {value!r}")
+            object.__setattr__(self, name, int(value) if name == "top_k" else float(value))  # numpy's become Python's
 
     def override(self, **options: Any) -> SamplingOptions:
         """A copy with the options that are not None."""

@@ -74,7 +74,8 @@ class _Batch:
                 f"prompt and answer may need {length} ids, this model has {engine.max_positions} positions: "
                 "shorten the input or lower max_new_tokens"
             )
-        self.cache, self.hidden = self._prefill(length)
+        if self.active:
+            self.cache, self.hidden = self._prefill(length)
 
     def _prefill(self, length: int) -> tuple[Cache, Tensor]:
         """Read each different prompt once, then give every row its copy."""

@@ -48,6 +48,7 @@ class DataConfig(StageConfig):
 
 def main(config: DataConfig) -> StageResult:
     """Make every shard that is not there yet."""
+    config.folder.mkdir(parents=True, exist_ok=True)
     shards = _plan([source.open() for source in config.sources], config.records_per_shard)
     for split in ("train", "validation"):
         if not any(name.startswith(f"{split}-") for name, _ in shards):
@@ -58,7 +59,7 @@ def main(config: DataConfig) -> StageResult:
     progress = Progress("data", sum(len(items) for _, items in shards))
     counts: dict[str, int] = {}
     bad: list[str] = []
-    outputs = []
+    outputs: list[Path] = []
     with StopRequest() as stop, ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, items in shards:
             path = config.folder / name
@@ -68,6 +69,9 @@ def main(config: DataConfig) -> StageResult:
             facts = read_json(path.with_suffix(".json"))
             bad += facts["bad"]
             if len(bad) > config.max_bad_share * sum(len(i) for _, i in shards):
+                for faulty in (*outputs, path):  # made anew by the next run: by then the files may be repaired
+                    if read_json(faulty.with_suffix(".json"))["bad"]:
+                        faulty.unlink()
                 raise DataError(
                     f"{len(bad)} items are unusable, above max_bad_share={config.max_bad_share}; first: {bad[0]}"
                 )

@@ -15,6 +15,7 @@ from PIL import Image
 import anygen
 from anygen.api import AnyGen
 from anygen.errors import InputError
+from anygen.request import Request
 from anygen.results import Finished, SegmentFinished, SegmentProgress, SegmentStarted, TextDelta
 from tokenizers_mm.media import Audio, Region, load_sound
 
@@ -24,6 +25,9 @@ INPUTS: dict[str, Any] = {
     "audio": (np.sin(np.arange(1600) / 5).astype(np.float32), 8000),
 }
 MODALITIES = ("text", "image", "audio")
+LOOP: list[Any] = []
+LOOP.append({"role": "user", "content": LOOP})
+"""A content that holds itself."""
 
 
 @pytest.mark.parametrize("given", [c for n in range(4) for c in itertools.combinations(MODALITIES, n)])
@@ -69,14 +73,22 @@ def test_task_alone_says_what_to_generate(model: AnyGen) -> None:
         ({"output": "smell"}, "unknown output 'smell'"),
         ({"output": ()}, "at least one modality"),
         ({"output": ("any", "text")}, "stands alone"),
+        ({"output": 3}, "output is a name or several"),
+        ({"output": "text", "generator": 5}, "generator must be"),
+        ({"output": "text", "content": [{"type": "region", "region": 0.2}]}, "a region is 2 or 4 fractions"),
+        ({"output": "text", "content": [{"type": "image", "url": "https://a.b/c.png"}]}, "never opened"),
+        ({"output": "text", "content": LOOP}, "needs a type"),
+        ({"output": "text", "max_new_tokens": True}, "max_new_tokens"),
+        ({"output": "text", "top_k": 0.5}, "top_k must be an integer"),
+        ({"output": "image", "size": 10**6 * 8}, "cannot give image"),
         ({"output": "text", "text": 3}, "text must be a str"),
         ({"output": "text", "text": "\ud800"}, "surrogate"),
         ({"output": "text", "image": "/nowhere.png"}, r"cannot read the picture"),
         ({"output": "text", "audio": b""}, "empty"),
         ({"output": "text", "content": "hello"}, "content is a list"),
         ({"output": "text", "content": [3]}, "content holds a int"),
-        ({"output": "text", "content": [{"type": "video", "video": 1}]}, "content item needs type"),
-        ({"output": "text", "content": [{"type": "text"}]}, "content item needs type"),
+        ({"output": "text", "content": [{"type": "video", "video": 1}]}, "content item needs a type"),
+        ({"output": "text", "content": [{"type": "text"}]}, "needs its value under 'text'"),
         ({"output": "text", "content": [], "text": "a"}, "not both"),
         ({"output": "text", "num_samples": 0}, "num_samples"),
         ({"output": "text", "num_samples": True}, "num_samples"),
@@ -111,6 +123,38 @@ def test_signatures_show_the_arguments() -> None:
     parameters = inspect.signature(AnyGen.generate).parameters
     assert {"text", "image", "audio", "output", "seed", "guidance_scale"} <= set(parameters)
     assert parameters["num_samples"].default == 1
+
+
+def test_numpy_numbers_are_numbers(model: AnyGen) -> None:
+    plain = model.generate(text="a", output="image", seed=3, top_k=2, temperature=0.5, size=16, num_samples=2)
+    numpy = model.generate(
+        text="a",
+        output="image",
+        seed=np.int64(3),
+        top_k=np.int64(2),
+        temperature=np.float32(0.5),
+        size=[np.int32(16), 16],
+        num_samples=np.int8(2),
+    )
+    assert [s.ids for s in plain.samples] == [s.ids for s in numpy.samples]
+    json.dumps(dict(numpy.samples[0].provenance))
+
+
+def test_batches_of_nothing_and_of_other_things(model: AnyGen) -> None:
+    assert model.generate_batch([]) == []
+    assert len(model.generate_batch(Request(text="a", output="image") for _ in range(2))) == 2
+    with pytest.raises(InputError, match="takes a list of Request; got dict"):
+        model.generate_batch([{"text": "a"}])  # type: ignore[list-item]
+
+
+def test_saving_never_writes_over_earlier_answers(model: AnyGen, tmp_path: Path) -> None:
+    first = model.generate(text="a", output=("text", "image"), num_samples=2, max_new_tokens=60).save(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    second = model.generate(text="b", output="image").save(tmp_path)
+    assert [p.name for p in second] == ["02-0-image.png"] and not {*first} & {*second}
+    assert before == {path: path.read_bytes() for path in before}
+    with pytest.raises(InputError, match="is a file; generated media go to a folder"):
+        model.generate(text="b", output="image").save(second[0])
 
 
 def test_results_say_when_something_is_absent(model: AnyGen) -> None:

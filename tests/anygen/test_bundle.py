@@ -113,7 +113,7 @@ def test_every_changed_bit_is_found(bundle_folder: Path, tmp_path: Path) -> None
     folder = tmp_path / "b"
     shutil.copytree(bundle_folder, folder)
     random = np.random.default_rng(0)
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST, "README.md")):
         whole = path.read_bytes()
         data = bytearray(whole)
         data[int(random.integers(len(data)))] ^= 4
@@ -121,7 +121,14 @@ def test_every_changed_bit_is_found(bundle_folder: Path, tmp_path: Path) -> None
         with pytest.raises(CheckpointError, match=path.name):
             load_bundle(folder)
         path.write_bytes(whole)
+    (folder / "README.md").write_text("A card may be edited.")
     load_bundle(folder)
+    shutil.copy(folder / "model.safetensors", folder / "added.safetensors")
+    with pytest.raises(CheckpointError, match=r"added\.safetensors is not in manifest\.json"):
+        load_bundle(folder)
+    (folder / MANIFEST).write_text("{}")
+    with pytest.raises(CheckpointError, match="lists no files"):
+        load_bundle(folder)
 
 
 def edit(path: Path, change: Any) -> None:
@@ -143,6 +150,8 @@ def edit(path: Path, change: Any) -> None:
         lambda f: edit(f / "config.json", lambda j: j.update(vocab_size=128)),
         lambda f: edit(f / "config.json", lambda j: j.update(hidden_size=48)),
         lambda f: edit(f / "config.json", lambda j: j.update(num_hidden_layers=9)),
+        lambda f: edit(f / "config.json", lambda j: j.update(num_attention_heads=0)),
+        lambda f: edit(f / "config.json", lambda j: j.update(max_position_embeddings=-3)),
         lambda f: (f / "config.json").write_text("[]"),
         lambda f: (f / "anygen.json").write_text("{"),
         lambda f: (f / "anygen.json").unlink(),
@@ -188,3 +197,9 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
         AnyGen.from_pretrained(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="is not a bundle"):
         AnyGen.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["gpu", 0, None, "cuda:99"])
+def test_devices_that_are_not_there(bundle_folder: Path, device: Any) -> None:
+    with pytest.raises(InputError, match="cannot be used here: expected 'auto'"):
+        AnyGen.from_pretrained(bundle_folder, device=device)

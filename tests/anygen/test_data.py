@@ -24,6 +24,7 @@ from anygen.data.tasks import Direction, DocumentStream
 from anygen.errors import AnyGenError, CheckpointError, ConfigError, DataError
 from anygen.stages.data import DataConfig
 from anygen.stages.data import main as make_data
+from anygen.stages.run import run_stage
 from tokenizers_mm.codes import Codes
 from tokenizers_mm.media import Audio, Region
 
@@ -83,9 +84,12 @@ def test_bad_items_are_counted_again_after_a_restart(tmp_path: Path) -> None:
     source = FolderSource(path=folder_of(tmp_path / "d", [{"file_name": n, "text": n} for n in (good, *bad)]))
     (tmp_path / "d" / good).write_bytes(PNG)
     config = DataConfig(root=tmp_path / "a", sources=[source], records_per_shard=1)
-    for _ in range(2):  # the second time every bad shard lies there already
+    for _ in range(2):  # the second time some bad shards lie there already
         with pytest.raises(DataError, match="items are unusable"):
             make_data(config)
+    for name in bad:
+        (tmp_path / "d" / name).write_bytes(PNG)
+    assert make_data(config).metrics == {"train_records": 3, "validation_records": 1, "bad_items": 0}, "repaired files"
 
 
 def evil_tar(path: Path, name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> Path:
@@ -157,6 +161,7 @@ def test_the_folder_source_reads_pictures_and_sounds_and_counts_bad_items(tmp_pa
     config = DataConfig(root=tmp_path / "run", sources=[source], max_bad_share=0.9)
     result = make_data(config)
     assert result.metrics["bad_items"] == 4
+    assert result.metrics["train_records"] + result.metrics.get("unheard_records", 0) <= len(rows) - 4
     records = [r for p in result.outputs for r in RecordStore([p])] if result.outputs else []
     assert {r.captions for r in records} == {("a cat",), ("hi",)}
     assert any(p.name.startswith("unheard") for p in result.outputs)
@@ -164,7 +169,13 @@ def test_the_folder_source_reads_pictures_and_sounds_and_counts_bad_items(tmp_pa
         make_data(DataConfig(root=tmp_path / "strict", sources=[source], max_bad_share=0.1))
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"file_name": 3}', "null"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "[]", "{}", '{"file_name": 3}', "null", "[" * 100_000, '{"file_name": "a\\u0000.png"}',
+        '{"file_name": "\\ud800.png"}', '{"file_name": "a.png", "text": "\\ud800"}', '{"file_name": "a.png", "text": ["a"]}',
+    ],
+)  # fmt: skip
 def test_broken_metadata_names_the_line(tmp_path: Path, line: str) -> None:
     root = folder_of(tmp_path / "d", [{"file_name": "cat.png", "text": "a cat"}])
     with (root / "metadata.jsonl").open("a") as file:
@@ -173,6 +184,22 @@ def test_broken_metadata_names_the_line(tmp_path: Path, line: str) -> None:
         FolderSource(path=root).open()
     with pytest.raises(DataError, match=r"needs a metadata\.jsonl"):
         FolderSource(path=tmp_path / "nowhere").open()
+
+
+def test_metadata_of_windows_and_without_a_caption(tmp_path: Path) -> None:
+    root = folder_of(tmp_path / "d", [])
+    (root / "metadata.jsonl").write_text('\ufeff{"file_name": "cat.png", "text": null}\n', encoding="utf-8")
+    (root / "cat.png").write_bytes(PNG)
+    opened = FolderSource(path=root).open()
+    (item,) = [item for items in opened.items().values() for item in items]
+    assert opened.record(item).captions == ()
+
+
+def test_a_folder_whose_files_change_is_another_input(tmp_path: Path) -> None:
+    source = FolderSource(path=folder_of(tmp_path / "d", [{"file_name": "new.png", "text": "a cat"}]))
+    absent = source.listing()
+    (tmp_path / "d" / "new.png").write_bytes(PNG)
+    assert source.listing() != absent and source.listing() == source.listing()
 
 
 def test_the_webdataset_source_splits_by_key(tmp_path: Path) -> None:
@@ -203,11 +230,20 @@ def test_data_stage_is_deterministic_and_goes_on_where_it_stopped(tmp_path: Path
     victim = tmp_path / "a" / "data" / sorted(runs[0])[1]
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "a" / "data").glob("*.tar") if p != victim}
     victim.unlink()
-    (tmp_path / "a" / "data" / ".tmp-left.tar").write_text("half")
     make_data(DataConfig(root=tmp_path / "a", sources=[source], records_per_shard=2))
     assert victim.read_bytes() == runs[0][victim.name]
     assert kept == {p: p.stat().st_mtime_ns for p in kept}, "whole shards are not made again"
-    assert not list((tmp_path / "a" / "data").glob(".tmp-*"))
+
+
+def test_a_stage_first_sweeps_up_what_a_killed_one_left(tmp_path: Path) -> None:
+    names = [f"cat{i}.png" for i in range(60)]
+    source = FolderSource(path=folder_of(tmp_path / "d", [{"file_name": name, "text": name} for name in names]))
+    for name in names:
+        (tmp_path / "d" / name).write_bytes(PNG)
+    left = tmp_path / "a" / "data" / ".tmp-1-model"
+    left.mkdir(parents=True)
+    run_stage(DataConfig(root=tmp_path / "a", sources=[source]))
+    assert not left.exists()
 
 
 def test_data_without_a_validation_split_say_so(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ def test_guidance_of_one_is_no_guidance_and_of_zero_is_unconditional(model: AnyG
 
 
 def test_too_long_prompts_are_refused(model: AnyGen) -> None:
-    with pytest.raises(InputError, match="shorten it"):
+    with pytest.raises(InputError, match="shorten the input"):
         model.generate(text="a " * 2000, output="image")
     with pytest.raises(InputError, match="lower max_new_tokens"):
         model.generate(text="a", output="text", max_new_tokens=5000)

@@ -84,6 +84,15 @@ def test_teacher_reads_a_clip_folder(clip_folder: Path) -> None:
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+def test_a_picture_is_scaled_before_it_is_padded() -> None:
+    tall = square(Image.new("RGB", (1, 16_384), "black"), 8)
+    assert tall.size == (8, 8)
+    pixels = np.asarray(tall)[..., 0]
+    assert (pixels == 0).sum() == 8 and (pixels == 255).sum() == 56, "one black column on white"
+    half = np.asarray(square(Image.new("RGB", (10, 20), "black"), 8))[..., 0]
+    assert half[:, 2:6].max() == 0 and half[:, :2].min() == 255 and half[:, 6:].min() == 255
+
+
 def test_teacher_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no usable vision model"):
         VisionTeacher.from_pretrained(tmp_path, shallow_layer=1)

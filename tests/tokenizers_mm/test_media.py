@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -73,6 +74,16 @@ def test_transparency_is_over_white_and_odd_modes_become_rgb() -> None:
     deep = Image.fromarray((np.linspace(0, 65535, 12).reshape(3, 4)).astype(np.uint16))
     values = np.asarray(load_picture(encoded(deep, "PNG")))[..., 0]
     assert values.min() == 0 and values.max() == 255 and len(np.unique(values)) == 12, "16 bits are scaled, not clipped"
+    shades = load_picture(Image.fromarray(np.array([[0.0, 0.5, 1.0]], np.float32)))
+    assert np.asarray(shades)[0, :, 0].tolist() == [0, 128, 255], "floats in [0, 1] are scaled too"
+
+
+@pytest.mark.parametrize(("mode", "clear"), [("L", 5), ("RGB", (5, 5, 5)), ("1", 0)])
+def test_a_transparent_colour_is_white(mode: str, clear: Any) -> None:
+    buffer = io.BytesIO()
+    Image.new(mode, (3, 3), clear).save(buffer, "PNG", transparency=clear)
+    assert np.asarray(load_picture(buffer.getvalue())).min() == 255
+    assert load_picture(Image.new("LA", (3, 3)).convert("La")).mode == "RGB"
 
 
 def test_animations_give_their_first_frame() -> None:
@@ -112,10 +123,40 @@ def test_bad_pictures_are_typed_errors(data: bytes, match: str) -> None:
         load_picture(data)
 
 
-@pytest.mark.parametrize("source", ["/nowhere/cat.png", 3, np.zeros((2, 2)), np.zeros((0, 4, 3), np.uint8), "a\0b"])
-def test_unusable_picture_sources(source: Any) -> None:
-    with pytest.raises(InputError):
+def closed() -> Image.Image:
+    picture = Image.open(io.BytesIO(encoded(PICTURE, "PNG")))
+    picture.close()
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ("/nowhere/cat.png", "cannot read the picture '/nowhere/cat.png': No such file"),
+        ("", "'': it is not a file"),
+        (Path("/dev/zero"), "it is not a file"),
+        ("https://example.com/cat.png", "addresses are never opened"),
+        ("a\0b", "null"),
+        (3, "cannot use int as a picture; pass a PIL image, a path"),
+        (np.zeros((2, 2)), "uint8"),
+        (np.zeros((0, 4, 3), np.uint8), "at least one pixel"),
+        (np.zeros((1, 20_000), np.uint8), "20000 x 1 pixels"),
+        (Image.new("RGB", (0, 3)), "0 x 3 pixels"),
+        (Image.new("1", (20_000, 20_000)), "at most 16384 per side"),
+        (Image.open(io.BytesIO(encoded(PICTURE, "PNG")[:-30])), "not a readable picture"),
+        (closed(), "not a readable picture"),
+        (Image.fromarray(np.full((2, 2), np.nan, np.float32)), "NaN"),
+    ],
+)
+def test_unusable_picture_sources(source: Any, match: str) -> None:
+    with pytest.raises(InputError, match=match):
         load_picture(source)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "cat.png")
+    with pytest.raises(InputError, match="it is not a file"):
+        load_picture(tmp_path / "cat.png")
 
 
 def test_a_text_file_named_png(tmp_path: Path) -> None:
@@ -207,6 +248,10 @@ def adpcm() -> bytes:
         ("/nowhere/a.wav", "cannot read"),
         ([1, 2, 3], "cannot use list"),
         (([0.0, 0.1], 8000), "numpy array"),
+        (Audio([0.0, 0.1], 8000), "samples in a list"),  # type: ignore[arg-type]
+        ((np.full(10, 1e4), 8000), "samples up to 1e\\+04; expected floats"),
+        ((np.zeros((2, 100)), 8000), "transpose it"),
+        (np.zeros(10), r"pass a path, bytes or \(array, rate\)"),
     ],
 )
 def test_bad_sounds_are_typed_errors(source: Any, match: str) -> None:
