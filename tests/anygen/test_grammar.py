@@ -76,6 +76,12 @@ def test_a_walk_knows_whether_the_budget_ended_it() -> None:
     assert walk(fixed, 5, [text, letter, letter, end, eos]), "the third letter had no room"
     assert not walk(free, 12, [text, letter, end, eos])
     assert walk(free, 6, [text, letter, end, eos]), "a second text had no room"
+    picture = Plan((Block("image"),))
+    three, code = VOCABULARY.numbers.start + 3, VOCABULARY.range("image.0").start
+    ids = [VOCABULARY.control("image"), three, three, *[code] * 9, VOCABULARY.control("/image"), eos]
+    assert not walk(picture, len(ids), ids)
+    small = [VOCABULARY.control("image"), three, three - 1, *[code] * 6, VOCABULARY.control("/image"), eos]
+    assert walk(picture, len(ids) - 1, small), "the native 3 x 3 had no room"
 
 
 @pytest.mark.parametrize("names", itertools.product(MODALITIES, repeat=2))

@@ -197,31 +197,39 @@ def test_generators_instead_of_seeds(model: AnyGen) -> None:
         model.generate(text="a", output="image", num_samples=3, generator=generators)
 
 
-def test_guidance_of_one_is_no_guidance_and_of_zero_is_unconditional(model: AnyGen) -> None:
-    plain = model.generate(text="a cat", output="image", guidance_scale=1.0).samples[0].ids
-    engine, sequencer = model.engine, model.sequencer
-    prompt = model._states(Request(text="a cat", output="image"))[0].prompt
-    walk_ids = []
-    # teacher-forced replay: each id must be what `choose` takes from the conditional logits alone
-    generator = torch.Generator().manual_seed(0)
-    cache = engine.new_cache(1, 200)
-    hidden = engine.prefill([prompt], cache)
-    walk = model._states(Request(text="a cat", output="image"))[0].walk
+@pytest.mark.parametrize("scale", [1.0, 0.0, 30.0])
+def test_guidance_is_the_formula_on_logits_of_both_prompts(model: AnyGen, scale: float) -> None:
+    engine = model.engine
+    request = Request(text="a cat", output="image", guidance_scale=scale)
+    state = model._states(request)[0]
+    assert state.unconditional is not None
+    prompts, walk, generator = [state.prompt, state.unconditional], state.walk, torch.Generator().manual_seed(0)
+    cache = engine.new_cache(2, 200)
+    hidden = engine.prefill(prompts, cache)
+    ids: list[int] = []
     while not walk.done:
         allowed = np.concatenate([np.arange(a, b) for a, b in walk.allowed])
         index = 0
         if len(allowed) > 1:
+            with_text, without = engine.logits(hidden, walk.allowed).double()
+            guided = without + scale * (with_text - without)
             waits = torch.empty(1, len(allowed), dtype=torch.float64).exponential_(generator=generator)
-            index = int(choose(engine.logits(hidden, walk.allowed), SamplingOptions(), waits))
-        walk_ids.append(int(allowed[index]))
-        walk.push(walk_ids[-1])
+            index = int(choose(guided[None], SamplingOptions(), waits))
+        ids.append(int(allowed[index]))
+        walk.push(ids[-1])
         if not walk.done:
-            hidden = engine.step(torch.tensor(walk_ids[-1:]), cache)
-    assert tuple(walk_ids) == plain
-    assert sequencer.parse(np.array([model.bundle.vocabulary.control("target"), *walk_ids])).complete
-    dropped = model.generate(text="a cat", output="image", guidance_scale=0.0).samples[0].ids
-    other_text = model.generate(text="two dogs", output="image", guidance_scale=0.0).samples[0].ids
-    assert dropped == other_text
+            hidden = engine.step(torch.tensor([ids[-1]] * 2), cache)
+    assert tuple(ids) == model.generate_batch([request])[0].samples[0].ids
+
+
+def test_guidance_changes_the_answer_and_zero_forgets_the_input(model: AnyGen) -> None:
+    def ids(text: str, scale: float) -> list[tuple[int, ...]]:
+        out = model.generate(text=text, output="image", guidance_scale=scale, num_samples=8)
+        return [sample.ids for sample in out.samples]
+
+    assert ids("a cat", 30.0) != ids("a cat", 1.0)
+    assert ids("a cat", 30.0) != ids("two dogs", 30.0)
+    assert ids("a cat", 0.0) == ids("two dogs", 0.0)
 
 
 def test_too_long_prompts_are_refused(model: AnyGen) -> None:
