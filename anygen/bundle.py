@@ -79,7 +79,10 @@ def save_bundle(
     provenance: Mapping[str, Any],
     card: str,
 ) -> None:
-    """Publish a bundle atomically; weights are written as bf16, in shards that git hosts accept."""
+    """Publish a bundle atomically.
+
+    Weights are written as bf16, in shards that git hosts accept; `model` is left in bf16.
+    """
     vocabulary.check(tokenizers)
     with publishing(folder) as temporary:
         model.to(torch.bfloat16).save_pretrained(temporary, max_shard_size=MAX_SHARD)

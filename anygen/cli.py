@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from anygen._version import __version__
+from tokenizers_mm.errors import AnyGenError
 
 app = typer.Typer(
     name="anygen",
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("anygen").setLevel(logging.INFO)
     try:
         app(args=arguments, standalone_mode=True)
-    except Exception as error:
+    except (AnyGenError, OSError) as error:
         _leave(error)
     except SystemExit as leaving:
         if leaving.code == 130:  # typer turned Ctrl-C into it
@@ -47,17 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise
 
 
-def _leave(error: Exception) -> None:
-    from tokenizers_mm.errors import AnyGenError
-
+def _leave(error: AnyGenError | OSError) -> None:
     if isinstance(error, OSError) and not isinstance(error, AnyGenError):  # a full disk, a folder without permission
         name = f": {error.filename}" if error.filename else ""
         print(f"Error: {error.strerror or error}{name}", file=sys.stderr)
         raise SystemExit(1) from None
-    if not isinstance(error, AnyGenError):
-        raise error
     print(f"Error: {error}", file=sys.stderr)
-    raise SystemExit(error.exit_code) from None
+    raise SystemExit(error.exit_code if isinstance(error, AnyGenError) else 1) from None
 
 
 @app.callback(invoke_without_command=True)
@@ -86,6 +83,7 @@ def generate(
     min_p: Annotated[float | None, typer.Option(help="Drop ids below this share of the likeliest.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Budget of ids.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of generated pictures in pixels.")] = None,
     duration_s: Annotated[float | None, typer.Option(help="Length of generated sounds.")] = None,
     model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="Folder for what is generated.")] = Path("out"),
@@ -109,6 +107,7 @@ def generate(
         min_p=min_p,
         guidance_scale=guidance_scale,
         max_new_tokens=max_new_tokens,
+        size=size,
         duration_s=duration_s,
     )
     request.inputs  # noqa: B018  a bad file is told before the model is loaded

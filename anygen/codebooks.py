@@ -68,7 +68,11 @@ class CodebookOrder:
         return self.coordinates_S2(num_frames)[:, 0]
 
     def apply(self, codes_KT: IntArray) -> IntArray:
-        """K x T codes to S codes."""
+        """K x T codes to S codes.
+
+        Raises:
+            DataError: fewer books than this order keeps.
+        """
         if codes_KT.shape[0] < self.num_kept:
             raise DataError(f"order keeps {self.num_kept} codebooks; the codes have {codes_KT.shape[0]}")
         coordinates_S2 = self.coordinates_S2(codes_KT.shape[1])

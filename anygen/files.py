@@ -20,7 +20,8 @@ from anygen.errors import CheckpointError
 MANIFEST = "manifest.json"
 _UNLISTED = (MANIFEST, "README.md")
 """Not in the manifest; a card is for people, who may edit it."""
-_TEMPORARY, _REPLACED = ".tmp-", ".old-"
+TEMPORARY, _REPLACED = ".tmp-", ".old-"
+"""What names begin with while their content is not whole; `remove_leftovers` sweeps them up."""
 
 
 def sha256_of(path: Path) -> str:
@@ -43,7 +44,7 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file atomically; keys sorted, so equal contents give equal bytes."""
-    temporary = path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -59,7 +60,7 @@ def publishing(folder: Path) -> Iterator[Path]:
     An older `folder` is replaced; on an error it stays as it was and the temporary folder is removed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f"{_TEMPORARY}{os.getpid()}-{folder.name}")
+    temporary = folder.with_name(f"{TEMPORARY}{os.getpid()}-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -92,7 +93,7 @@ def remove_leftovers(parent: Path) -> int:
         place = parent / old.name.removeprefix(_REPLACED).partition("-")[2]
         if not place.exists():
             old.rename(place)
-    leftovers = [*parent.glob(f"{_TEMPORARY}*"), *parent.glob(f"{_REPLACED}*")]
+    leftovers = [*parent.glob(f"{TEMPORARY}*"), *parent.glob(f"{_REPLACED}*")]
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return len(leftovers)

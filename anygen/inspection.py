@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ def inspect_path(path: Path) -> Facts:
         InputError: the path does not exist, or is nothing that anygen writes or reads.
         AnyGenError: it is, but broken.
     """
+    from tokenizers_mm.weights import UNREADABLE
+
     if not path.exists():
         raise InputError(f"there is nothing at {path}")
     for test, describe in _KINDS:
@@ -28,7 +31,7 @@ def inspect_path(path: Path) -> Facts:
                 return describe(path)
             except AnyGenError:
                 raise
-            except Exception as error:  # readers of five formats: whatever they raise, the file is at fault
+            except (*UNREADABLE, SyntaxError, IndexError, struct.error) as error:
                 raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     raise InputError(f"{path} is not a bundle, run, checkpoint, shard, recipe or generated file")
 

@@ -203,7 +203,7 @@ class Packer:
         return self._by_length[index][0] if index >= 0 else None
 
     def _take_length(self, length: int) -> Sequence:
-        """The oldest waiting sequence of this length (keys ascend with age)."""
+        """The oldest waiting sequence of this length (an older sequence has a smaller key)."""
         return self._take(self._by_length[bisect_right(self._by_length, (length, (-1, 0)))][1])
 
 

@@ -46,8 +46,6 @@ def copy_recipe(name: str, to: Path) -> Path:
     Raises:
         InputError: no such recipe or family, or `to` exists.
     """
-    if to.exists() and not to.is_dir():
-        raise InputError(f"{to} exists already: choose another name")
     if name in _families():
         target = to / name if to.is_dir() else to
         if target.exists():

@@ -27,6 +27,8 @@ from tokenizers_mm.media import Audio, PictureSource, Region, SoundSource, load_
 
 OutputName = Literal["text", "image", "audio", "region", "any"]
 MAX_SAMPLES = 1024
+INPUT_ORDER: tuple[Modality, ...] = ("image", "audio", "text")
+"""As in training: a question follows what it is about."""
 _TASK_OUTPUT: dict[str, Modality] = {
     "depict": "image",
     "caption": "text",
@@ -94,6 +96,8 @@ class Request:
             raise InputError(f"unknown task {self.task!r}; expected one of {', '.join(TASKS)}")
         if self.decoder not in ("codes", "diffusion", "voken"):
             raise InputError(f"decoder must be 'codes', 'diffusion' or 'voken'; got {self.decoder!r}")
+        if self.num_inference_steps is not None and self.decoder == "codes":
+            raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
         self.outputs  # noqa: B018  checks them
         self.options({})
 
@@ -143,7 +147,7 @@ class Request:
         if self.content is not None:
             return tuple(_segment(item) for item in _flattened(self.content))
         given: list[Mapping[str, Any]] = []
-        for modality in ("image", "audio", "text"):  # as in training: a question follows what it is about
+        for modality in INPUT_ORDER:
             value = getattr(self, modality)
             if value is not None:
                 given.append({"type": modality, modality: value})

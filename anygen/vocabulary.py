@@ -26,7 +26,7 @@ NUM_NUMBERS = 256
 
 TASKS = ("depict", "caption", "speak", "transcribe", "answer", "locate", "continue")
 
-# Appended to, never reordered: an id is a position in this list. `reserved` keeps room for 64 names.
+# Appended to, never reordered: an id is a position in this list. `_NUM_NAMED` keeps room for 64 of them.
 CONTROL = (
     *("pad", "bos", "eos", "input", "target", "drop"),
     *("text", "/text", "image", "/image", "audio", "/audio", "region", "/region", "voken", "/voken"),

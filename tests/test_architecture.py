@@ -17,7 +17,7 @@ MAY_IMPORT = {"tokenizers_mm": set(), "decoders": {"tokenizers_mm"}, "anygen": {
 
 # The rooms of anygen in the order in which data flow; a room imports only from rooms before it.
 ROOMS = [
-    "_version", "errors", "config", "files", "recipes_index", "documents", "vocabulary", "codebooks", "layout", "sequence",
+    "_version", "errors", "config", "seeding", "files", "recipes_index", "documents", "vocabulary", "codebooks", "layout", "sequence",
     "grammar", "packing", "model", "sampling", "bundle", "request", "results", "api", "training", "data", "evaluation",
     "gallery", "stages", "inspection", "doctor", "cli",
 ]  # fmt: skip
@@ -102,7 +102,7 @@ def test_files_are_short_documented_and_free_of_banned_imports(path: Path) -> No
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_transformers_is_never_imported_before_the_guard(path: Path) -> None:
-    heavy = {"transformers", "accelerate"}
+    heavy = {"transformers", "accelerate", "diffusers"}
     if any(module.split(".")[0] in heavy for module in imports_of(path)):
         assert "tokenizers_mm.compat" in imports_of(path), "import tokenizers_mm.compat first"
 

@@ -106,7 +106,7 @@ class Tokenizer(Protocol[Media]):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when, and only when, the same media would give other codes."""
+        """Changes whenever the same media would give other codes."""
         ...
 
     def encode(self, media: Media) -> Codes:

@@ -35,8 +35,11 @@ class EncodecSize(Config):
     ratios: tuple[PositiveInt, ...] = Field((8, 5, 4, 2), min_length=1)
     """Strides, decoder order (the encoder has them reversed); their product is the hop."""
     num_filters: int = Field(8, ge=1)
+    """Channels of the first convolution; each stride doubles them."""
     latent_dim: int = Field(64, ge=1)
+    """Channels of a frame, and width of the codebooks."""
     lstm_layers: int = Field(1, ge=1)
+    """Layers of the LSTM behind the convolutions."""
     codebook_size: int = Field(1024, ge=2)
     """A power of two: transformers' EnCodec derives bits from it."""
     num_codebooks: int = Field(1, ge=1)

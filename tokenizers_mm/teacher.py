@@ -2,7 +2,8 @@
 
 Targets are normalised per token (LayerNorm without weights), so that channels of large scale do not decide the cosine.
 
-Dimension key: B pictures, N patches in row order, D teacher width.
+Dimension key: B pictures, C colours, H x W pixels, N patches in row order, L tokens with the
+extra ones, D teacher width.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class VisionTeacher(nn.Module):
         config: Any = tower.config
         self.width = int(config.hidden_size)
         self.patch_px = int(config.patch_size)
+        self.num_layers = int(config.num_hidden_layers)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -73,15 +75,16 @@ class VisionTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, pixels_BCHW: Tensor) -> TeacherFeatures:
         """Pixels in [0, 1] to the features of both layers."""
-        num_patches = (pixels_BCHW.shape[2] // self.patch_px) * (pixels_BCHW.shape[3] // self.patch_px)
-        states = self.tower((pixels_BCHW - self.mean) / self.std, output_hidden_states=True).hidden_states
-        return TeacherFeatures(_patches(states[-1], num_patches), _patches(states[self.shallow_layer], num_patches))
+        return TeacherFeatures(*self._features(pixels_BCHW, -1, self.shallow_layer))
 
     def differentiable(self, pixels_BCHW: Tensor) -> Tensor:
         """Shallow features with gradients to the pixels: the space of a perceptual loss."""
+        return self._features(pixels_BCHW, self.shallow_layer)[0]
+
+    def _features(self, pixels_BCHW: Tensor, *layers: int) -> list[Tensor]:
         num_patches = (pixels_BCHW.shape[2] // self.patch_px) * (pixels_BCHW.shape[3] // self.patch_px)
         states = self.tower((pixels_BCHW - self.mean) / self.std, output_hidden_states=True).hidden_states
-        return _patches(states[self.shallow_layer], num_patches)
+        return [_patches(states[layer], num_patches) for layer in layers]
 
 
 def _patches(states_BLD: Tensor, num_patches: int) -> Tensor:

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 class Block(nn.Module):
     """Self-attention and MLP, each behind a LayerNorm."""
 
-    def __init__(self, width: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, int(width * mlp_ratio)), nn.GELU(), nn.Linear(int(width * mlp_ratio), width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """B x N x D to the same."""

@@ -72,8 +72,8 @@ class EmojiSource(SourceConfig):
 
     def open(self) -> Source:
         """The source itself."""
-        if HELD_OUT_VOICE in self.voices:
-            raise ConfigError(f"voice {HELD_OUT_VOICE!r} is held out for evaluation; take it out of `voices`")
+        if shared := {HELD_OUT_VOICE, *self.unheard_voices} & set(self.voices):
+            raise ConfigError(f"voice {min(shared)!r} is held out for evaluation; take it out of `voices`")
         return _EmojiWorld(self)
 
 

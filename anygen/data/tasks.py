@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from anygen.data.coded import CodedRecord, CodedStore
-from anygen.data.order import Draw, Mixture
+from anygen.data.order import Mixture
 from anygen.documents import Document, Segment, Tokenizers
 from anygen.errors import ConfigError
 from anygen.sequence import default_task
@@ -137,10 +137,6 @@ class DocumentStream:
             for text, direction in self._directions.items()
         }
         self._mixture = Mixture(weights, {text: len(items) for text, items in self._eligible.items()}, seed=seed)
-
-    def draw(self, number: int) -> Draw:
-        """What example `number` is made of."""
-        return self._mixture(number)
 
     def __call__(self, number: int) -> tuple[Document, bool]:
         """The encoded document, and whether its inputs are to be dropped."""

@@ -1,6 +1,6 @@
 """Builds a gallery: one static page with its media, no server, no script.
 
-Every exhibit is generated with its own seed in one batch; beside each stands the command that gives it again.
+Exhibits are generated in batches, each from its own seed; beside each stands the command that gives it again.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 from PIL import Image
@@ -26,7 +25,7 @@ from anygen.errors import InputError
 from anygen.files import publishing
 from anygen.gallery.exhibits import Exhibit
 from anygen.gallery.spectrogram import draw_spectrogram
-from anygen.results import save_png
+from anygen.results import Sample, save_png
 from anygen.sampling.choose import OPTION_NAMES
 from anygen.training.metrics import Progress
 from tokenizers_mm.media import Audio, Region, load_sound
@@ -39,7 +38,7 @@ _BATCH = 32
 class Shown:
     """One medium on the page."""
 
-    kind: str
+    modality: str
     """`text`, `image`, `audio` or `region`."""
     text: str = ""
     file: str = ""
@@ -73,45 +72,14 @@ def build_gallery(model: AnyGen, out: Path, exhibits: Sequence[Exhibit]) -> Path
     out = out.resolve()
     if out.exists() and not (out / "gallery.json").is_file() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a gallery: choose a new folder")
-    progress = Progress("gallery", len(exhibits))
-    answers = []
-    for start in range(0, len(exhibits), _BATCH):
-        outputs = model.generate_batch([exhibit.request for exhibit in exhibits[start : start + _BATCH]])
-        answers += [output.samples for output in outputs]
-        progress.advance(count=len(outputs))
-    progress.close()
+    answers = _generate(model, exhibits)
     with publishing(out) as folder:
-        media = folder / "media"
-        media.mkdir()
-        cards = []
-        for number, (exhibit, samples) in enumerate(zip(exhibits, answers, strict=True)):
-            shown = tuple(
-                tuple(
-                    _show(
-                        segment,
-                        media,
-                        f"{number:02d}-{s}-{place}",
-                        {**sample.provenance, "seed": sample.seed},
-                        f"answer {s + 1} of {len(samples)}",
-                    )
-                    for place, segment in enumerate(sample.segments)
-                )
-                for s, sample in enumerate(samples)
-            )
-            inputs = tuple(
-                _show_input(kind, value, media, f"{number:02d}-in-{i}")
-                for i, (kind, value) in enumerate(exhibit.inputs)
-            )
-            cards.append(
-                Card(
-                    exhibit.section,
-                    inputs,
-                    shown,
-                    _show_real(exhibit, media),
-                    exhibit.is_held_out,
-                    _command(exhibit, inputs, _model_option(model.bundle.folder, out)),
-                )
-            )
+        (folder / "media").mkdir()
+        model_option = _model_option(model.bundle.folder, out)
+        cards = [
+            _card(number, exhibit, samples, folder / "media", model_option)
+            for number, (exhibit, samples) in enumerate(zip(exhibits, answers, strict=True))
+        ]
         (folder / PAGE).write_text(render(cards, name=str(model.bundle.provenance.get("name", ""))), encoding="utf-8")
         (folder / "gallery.json").write_text(
             json.dumps([dataclasses.asdict(card) for card in cards], indent=1), encoding="utf-8"
@@ -133,10 +101,38 @@ def render(cards: Sequence[Card], *, name: str) -> str:
     return environment.get_template("page.html.jinja").render(sections=sections, name=name, version=__version__)
 
 
-def _show(segment: Segment, media: Path, stem: str, provenance: dict[str, Any], label: str) -> Shown:
+def _generate(model: AnyGen, exhibits: Sequence[Exhibit]) -> list[tuple[Sample, ...]]:
+    progress = Progress("gallery", len(exhibits))
+    answers = []
+    for start in range(0, len(exhibits), _BATCH):
+        outputs = model.generate_batch([exhibit.request for exhibit in exhibits[start : start + _BATCH]])
+        answers += [output.samples for output in outputs]
+        progress.advance(count=len(outputs))
+    progress.close()
+    return answers
+
+
+def _card(number: int, exhibit: Exhibit, samples: Sequence[Sample], media: Path, model_option: list[str]) -> Card:
+    """One exhibit with its media written to `media`."""
+    inputs = tuple(
+        _show_input(modality, value, media, f"{number:02d}-in-{i}")
+        for i, (modality, value) in enumerate(exhibit.inputs)
+    )
+    answers = tuple(
+        tuple(
+            _show(segment, media, f"{number:02d}-{s}-{place}", sample, f"answer {s + 1} of {len(samples)}")
+            for place, segment in enumerate(sample.segments)
+        )
+        for s, sample in enumerate(samples)
+    )
+    command = _command(exhibit, inputs, model_option)
+    return Card(exhibit.section, inputs, answers, _show_real(exhibit, media), exhibit.is_held_out, command)
+
+
+def _show(segment: Segment, media: Path, stem: str, sample: Sample, label: str) -> Shown:
     content = segment.content
     if isinstance(content, Image.Image):
-        save_png(content, media / f"{stem}.png", provenance)
+        save_png(content, media / f"{stem}.png", {**sample.provenance, "seed": sample.seed})
         return Shown("image", file=f"media/{stem}.png", label=label)
     if isinstance(content, Audio):
         return _show_sound(content, media, stem, label)
@@ -151,22 +147,22 @@ def _show_sound(audio: Audio, media: Path, stem: str, label: str) -> Shown:
     return Shown("audio", file=f"media/{stem}.flac", spectrogram=f"media/{stem}-spectrogram.png", label=label)
 
 
-def _show_input(kind: str, value: str | Path, media: Path, stem: str) -> Shown:
+def _show_input(modality: str, value: str | Path, media: Path, stem: str) -> Shown:
     if not isinstance(value, Path):
-        return Shown(kind, text=value)
+        return Shown(modality, text=value)
     name = f"{stem}{value.suffix}"
     shutil.copyfile(value, media / name)
-    if kind != "audio":
-        return Shown(kind, file=f"media/{name}", label="given")
+    if modality != "audio":
+        return Shown(modality, file=f"media/{name}", label="given")
     draw_spectrogram(load_sound(value)).save(media / f"{stem}-spectrogram.png")
-    return Shown(kind, file=f"media/{name}", spectrogram=f"media/{stem}-spectrogram.png", label="given")
+    return Shown(modality, file=f"media/{name}", spectrogram=f"media/{stem}-spectrogram.png", label="given")
 
 
 def _show_real(exhibit: Exhibit, media: Path) -> tuple[Shown, ...]:
     if exhibit.real is None:
         return ()
     shown = [Shown("text", text=exhibit.real.text)]
-    if "image" in exhibit.request.outputs and not any(kind == "image" for kind, _ in exhibit.inputs):
+    if "image" in exhibit.request.outputs and not any(modality == "image" for modality, _ in exhibit.inputs):
         name = f"real-{exhibit.real.picture.name}"
         shutil.copyfile(exhibit.real.picture, media / name)
         shown.append(Shown("image", file=f"media/{name}", label=f"the real emoji, {exhibit.real.text}"))
@@ -178,10 +174,10 @@ def _command(exhibit: Exhibit, inputs: Sequence[Shown], model_option: list[str])
     request = exhibit.request
     words = ["anygen", "generate", *model_option]
     for shown in inputs:
-        words += [f"--{shown.kind}", shown.file or shown.text]
+        words += [f"--{shown.modality}", shown.file or shown.text]
     for output in request.outputs:
         words += ["--output", output]
-    for name in ("task", "num_samples", "seed", *OPTION_NAMES, "max_new_tokens", "duration_s"):
+    for name in ("task", "num_samples", "seed", *OPTION_NAMES, "max_new_tokens", "size", "duration_s"):
         value = getattr(request, name)
         if value is not None and (name, value) not in (("num_samples", 1), ("seed", 0)):
             words += [f"--{name.replace('_', '-')}", str(value)]

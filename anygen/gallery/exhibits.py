@@ -18,7 +18,7 @@ import yaml
 
 from anygen.config import Config, build
 from anygen.errors import ConfigError
-from anygen.request import Request
+from anygen.request import INPUT_ORDER, Request
 
 INPUTS = "metadata.jsonl"
 
@@ -107,6 +107,11 @@ def _exhibit(config: ExhibitConfig) -> Exhibit:
             )
         real = embedded_emoji()[config.emoji]
     inputs = tuple(_input(spec, real) for spec in config.inputs)
+    given = [modality for modality, _ in inputs]
+    if given != [modality for modality in INPUT_ORDER if modality in given]:
+        raise ConfigError(
+            f"inputs {config.inputs}: a command takes each modality once, in the order {', '.join(INPUT_ORDER)}"
+        )
     content = [{"type": modality, modality: value} for modality, value in inputs]
     arguments = {"content": content, "output": config.output, "num_samples": config.num_samples, "seed": config.seed}
     try:

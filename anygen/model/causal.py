@@ -14,6 +14,7 @@ from pydantic import Field
 from anygen.config import Config
 from anygen.errors import ConfigError
 from anygen.model import attention
+from anygen.seeding import borrowed_randomness
 from anygen.vocabulary import Vocabulary
 from tokenizers_mm import compat  # noqa: F401  before transformers
 
@@ -80,8 +81,7 @@ def create_model(config: ModelConfig, vocabulary: Vocabulary, *, seed: int) -> A
     """A fresh `Qwen3ForCausalLM` with our attention; the global random state is left as it was."""
     from transformers import Qwen3ForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with borrowed_randomness(seed):
         model = Qwen3ForCausalLM(qwen3_config(config, vocabulary))
     model.set_attn_implementation(attention.register())
     return model

@@ -1,6 +1,7 @@
 """Next-token loss over a packed batch, weighted and reported by modality, with z-loss.
 
-Dimension key: T packed ids, P positions that predict something, D width, V vocabulary.
+Dimension key: T packed ids, P positions that predict something, C those of one chunk, D width, V vocabulary,
+R its ranges.
 """
 
 from __future__ import annotations

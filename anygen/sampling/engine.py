@@ -4,8 +4,8 @@ It reads the weights of a `Qwen3ForCausalLM` (fused into fewer products) and kee
 memory. Rows stand at different positions; nothing is padded but the cache. transformers' own forward pass is the
 reference: same logits, same greedy ids.
 
-Dimension key: B rows, T packed prompt ids, D width, H query heads, G key/value heads, E head width, N cache length, V
-vocabulary.
+Dimension key: B rows, T packed prompt ids, M either of them, D width, H query heads, G key/value heads, E head width, N
+cache length, V vocabulary.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Each step computes logits only for the ids that a sample's grammar allows; rows that may choose from the same ids
 share one product. With guidance a sample has a second row that read the prompt with its condition dropped and then
 follows the same ids.
+
+Dimension key: B rows of one group, A allowed ids.
 """
 
 from __future__ import annotations

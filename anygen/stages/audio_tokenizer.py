@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from anygen.data.records import RecordStore
 from anygen.errors import DataError
 from anygen.files import publishing
-from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records
-from anygen.stages.image_tokenizer import usage_of
-from anygen.training.loop import LoopConfig, seed_of, train
+from anygen.seeding import borrowed_randomness, seed_of
+from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records, usage_in_batch, usage_of
+from anygen.training.loop import LoopConfig, train
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.encodec import EncodecSize, TrainableEncodec, check_start
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
@@ -32,11 +32,17 @@ class AudioTokenizerConfig(StageConfig):
     codec: EncodecSize = EncodecSize()
     decoder: InverseSTFTConfig = InverseSTFTConfig()
     crop_s: float = Field(1.0, gt=0)
+    """Length of the pieces of sound that are trained on."""
     batch_size: int = Field(16, ge=1)
+    """Pieces a step."""
     steps_without_quantiser: int = Field(200, ge=0)
+    """First steps, in which the encoder learns to tell sounds apart."""
     mel_weight: float = 2.0
+    """Weight of the distance of multi-scale mel spectrograms."""
     wave_weight: float = 0.5
+    """Weight of the distance of waveforms."""
     commitment_weight: float = 0.25
+    """Weight of keeping latents close to their codes."""
     loop: LoopConfig
 
 
@@ -70,8 +76,7 @@ class _CodecLoss(nn.Module):
         loss = config.mel_weight * mel + config.wave_weight * wave + config.commitment_weight * commitment
         report = {"mel": mel, "wave": wave, "commitment": commitment}
         if quantise:
-            hits = torch.bincount(codes_BKN[:, 0].flatten(), minlength=config.codec.codebook_size)
-            report["usage_batch"] = (hits > 0).float().mean()
+            report["usage_batch"] = usage_in_batch(codes_BKN[:, 0], config.codec.codebook_size)
         return loss, report
 
 
@@ -86,8 +91,7 @@ class _CodecTraining:
         self._held_out = SoundSet(open_records(config.root, "validation"), size.rate_hz)
         self._order = Shuffled(len(self._sounds), config.batch_size, seed=seed_of(config.loop.seed, "audio"))
         self._batches_done = 0
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.loop.seed)
+        with borrowed_randomness(config.loop.seed):
             tokens = config.batch_size * self._crop // size.hop
             codec = TrainableEncodec(size, tokens_per_batch=tokens)
             decoder = InverseSTFTDecoder(config.decoder, latent_dim=size.latent_dim, hop=size.hop)

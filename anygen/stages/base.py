@@ -111,3 +111,16 @@ class Shuffled:
     def _item(self, position: int) -> int:
         epoch, place = divmod(position, self._num_items)
         return Permutation(self._num_items, self._seed * 1_000_003 + epoch)(place)
+
+
+def usage_of(codes: Tensor, codebook_size: int) -> tuple[float, float]:
+    """Share of the codebook that occurs, and the perplexity of its use."""
+    hits = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+    share = hits / hits.sum()
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    return float((hits > 0).double().mean()), float(entropy.exp())
+
+
+def usage_in_batch(codes: Tensor, codebook_size: int) -> Tensor:
+    """Share of the codebook that occurs in one batch, as a tensor: to be reported without waiting for it."""
+    return (torch.bincount(codes.flatten(), minlength=codebook_size) > 0).float().mean()

@@ -21,11 +21,11 @@ from anygen.stages.pretrain import load_pretrained, open_tokenizers
 class OptionsConfig(Config):
     """Sampling defaults of one modality; see `anygen.sampling.choose.SamplingOptions`."""
 
-    temperature: float = Field(1.0, ge=0)
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_k: int = Field(0, ge=0, le=2**31)
+    top_p: float = Field(1.0, ge=1e-6, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: float = Field(1.0, ge=0, le=100)
 
 
 class BundleConfig(StageConfig):

@@ -19,7 +19,7 @@ from pydantic import Field
 from anygen.data.records import Record, write_shard
 from anygen.data.sources import AnySource, Source
 from anygen.errors import DataError, InputError
-from anygen.files import read_json, write_json
+from anygen.files import TEMPORARY, read_json, write_json
 from anygen.stages.base import StageConfig, StageResult
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import Progress
@@ -69,9 +69,7 @@ def main(config: DataConfig) -> StageResult:
             facts = read_json(path.with_suffix(".json"))
             bad += facts["bad"]
             if len(bad) > config.max_bad_share * sum(len(i) for _, i in shards):
-                for faulty in (*outputs, path):  # made anew by the next run: by then the files may be repaired
-                    if read_json(faulty.with_suffix(".json"))["bad"]:
-                        faulty.unlink()
+                _remove_faulty([*outputs, path])
                 raise DataError(
                     f"{len(bad)} items are unusable, above max_bad_share={config.max_bad_share}; first: {bad[0]}"
                 )
@@ -104,13 +102,20 @@ def _plan(sources: list[Source], records_per_shard: int) -> list[tuple[str, list
 def _make_shard(path: Path, items: list[tuple[Source, Any]], pool: ThreadPoolExecutor) -> None:
     """Write one shard and, beside it, a JSON that says which items were left out and why."""
     results = list(pool.map(_try_record, items))
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
     write_shard(temporary, _with_unique_keys(r for r in results if isinstance(r, Record)))
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     faults = [fault for fault in results if isinstance(fault, str)]
     write_json(path.with_suffix(".json"), {"items": len(items), "bad": faults})
     temporary.rename(path)
+
+
+def _remove_faulty(shards: list[Path]) -> None:
+    """Shards that miss items are made anew by the next run: by then the files may be repaired."""
+    for shard in shards:
+        if read_json(shard.with_suffix(".json"))["bad"]:
+            shard.unlink()
 
 
 def _with_unique_keys(records: Iterable[Record]) -> Iterator[Record]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from anygen.api import AnyGen
 from anygen.errors import DataError
+from anygen.files import sha256_of
 from anygen.gallery.build import build_gallery
 from anygen.gallery.exhibits import load_exhibits
 from anygen.stages.base import StageConfig, StageResult
@@ -18,6 +20,10 @@ class GalleryConfig(StageConfig):
     stage: Literal["gallery"] = "gallery"
     prompts: Path | None = None
     """A prompts file; None takes the one in the package."""
+
+    def outside_inputs(self) -> Mapping[str, str]:
+        """Hash of the prompts file."""
+        return {"prompts": sha256_of(self.prompts)} if self.prompts and self.prompts.is_file() else {}
 
 
 def main(config: GalleryConfig) -> StageResult:

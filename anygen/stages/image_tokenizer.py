@@ -12,9 +12,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from anygen.errors import ConfigError
 from anygen.files import publishing
-from anygen.stages.base import PictureSet, Shuffled, StageConfig, StageResult, open_records
-from anygen.training.loop import LoopConfig, seed_of, train
+from anygen.seeding import borrowed_randomness, seed_of
+from anygen.stages.base import (
+    PictureSet,
+    Shuffled,
+    StageConfig,
+    StageResult,
+    open_records,
+    usage_in_batch,
+    usage_of,
+)
+from anygen.training.loop import LoopConfig, train
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, pixel_loss
 from tokenizers_mm.teacher import VisionTeacher
@@ -45,6 +55,7 @@ def main(config: ImageTokenizerConfig) -> StageResult:
     """Train both phases and save `tokenizer/`."""
     encoder_config, head_config = config.encoder, config.head
     teacher = VisionTeacher.from_pretrained(config.root / "teacher" / "model", shallow_layer=config.shallow_layer)
+    _check_teacher(teacher, encoder_config)
     pictures = PictureSet(open_records(config.root, "train"), encoder_config.side_px)
     held_out = PictureSet(open_records(config.root, "validation"), encoder_config.side_px)
 
@@ -52,8 +63,7 @@ def main(config: ImageTokenizerConfig) -> StageResult:
     metrics = train(vqkd, config.vqkd_loop, config.folder / "vqkd", title="vqkd")
     encoder = vqkd.losses.vqkd.encoder
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(config.head_loop.seed, "head"))
+    with borrowed_randomness(seed_of(config.head_loop.seed, "head")):
         head = PixelHead(head_config, code_dim=encoder_config.code_dim, patch_px=encoder_config.patch_px)
     tokenizer = ImageTokenizer(encoder_config, encoder, head_config, head)
     head.requires_grad_(True)
@@ -61,8 +71,17 @@ def main(config: ImageTokenizerConfig) -> StageResult:
     metrics |= train(drawing, config.head_loop, config.folder / "pixels", title="pixel head")
 
     with publishing(config.folder / "tokenizer") as folder:
-        ImageTokenizer(encoder_config, encoder, head_config, head).save(folder)
+        tokenizer.save(folder)
     return StageResult(config.folder, (config.folder / "tokenizer",), metrics)
+
+
+def _check_teacher(teacher: VisionTeacher, config: VQKDConfig) -> None:
+    if teacher.patch_px != config.patch_px:
+        raise ConfigError(
+            f"the teacher's patches have {teacher.patch_px} px, encoder.patch_px is {config.patch_px}: make them equal"
+        )
+    if not 0 <= teacher.shallow_layer <= teacher.num_layers:
+        raise ConfigError(f"shallow_layer={teacher.shallow_layer}: the teacher has layers 0 to {teacher.num_layers}")
 
 
 class _DistillationLoss(nn.Module):
@@ -87,8 +106,7 @@ class _DistillationLoss(nn.Module):
             "commitment": losses.commitment,
             "pixels": losses.pixels,
         }
-        hits = torch.bincount(losses.codes_BN.flatten(), minlength=config.encoder.codebook_size)
-        return loss, {**report, "usage_batch": (hits > 0).float().mean()}
+        return loss, {**report, "usage_batch": usage_in_batch(losses.codes_BN, config.encoder.codebook_size)}
 
 
 class _Pictures:
@@ -122,8 +140,7 @@ class _Distillation(_Pictures):
         super().__init__(teacher, pictures, held_out, config.batch_size, seed_of(config.vqkd_loop.seed, "vqkd"))
         encoder_config = config.encoder
         patches = (encoder_config.side_px // encoder_config.patch_px) ** 2
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed_of(config.vqkd_loop.seed, "vqkd"))
+        with borrowed_randomness(seed_of(config.vqkd_loop.seed, "vqkd")):
             head = PixelHead(config.head, code_dim=encoder_config.code_dim, patch_px=encoder_config.patch_px)
             vqkd = VQKD(
                 encoder_config,
@@ -142,7 +159,7 @@ class _Distillation(_Pictures):
         self._teacher.to(device)
         codes = encode_all(self.losses.vqkd.encoder, self._held_out, device)
         usage, perplexity = usage_of(codes, self._codebook_size)
-        deep = [self.losses.vqkd(p, self.losses._teacher[0](p)).deep for p in _batches(self._held_out, device)]
+        deep = [self.losses.vqkd(p, self._teacher(p)).deep for p in _batches(self._held_out, device)]
         return {"usage": usage, "perplexity": perplexity, "deep": float(torch.stack(deep).mean())}
 
     def compile(self) -> None:
@@ -213,14 +230,6 @@ def encode_all(encoder: PictureEncoder, pictures: PictureSet, device: torch.devi
     encoder = encoder.eval().to(device)
     with torch.no_grad():
         return torch.cat([encoder(pixels)[1].cpu() for pixels in _batches(pictures, device)])
-
-
-def usage_of(codes: Tensor, codebook_size: int) -> tuple[float, float]:
-    """Share of the codebook that occurs, and the perplexity of its use."""
-    hits = torch.bincount(codes.flatten(), minlength=codebook_size).double()
-    share = hits / hits.sum()
-    entropy = -(share * share.clamp_min(1e-12).log()).sum()
-    return float((hits > 0).double().mean()), float(entropy.exp())
 
 
 def _batches(pictures: PictureSet, device: torch.device, size: int = 128) -> Any:

@@ -21,10 +21,11 @@ from anygen.layout import Layout
 from anygen.model.causal import ModelConfig, create_model, num_parameters
 from anygen.model.loss import LossWeights, NextTokenLoss, TensorBatch
 from anygen.packing import Packer
+from anygen.seeding import seed_of
 from anygen.sequence import Sequence, Sequencer
 from anygen.stages.base import StageConfig, StageResult, open_text_tokenizer
 from anygen.stages.tokenize import coded_facts, open_media_tokenizers
-from anygen.training.loop import LoopConfig, seed_of, train
+from anygen.training.loop import LoopConfig, train
 from anygen.vocabulary import Vocabulary
 from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.codes import Modality
@@ -61,12 +62,15 @@ class PretrainConfig(StageConfig):
     loss_weights: dict[
         Literal["text", "control", "image", "audio", "region", "voken"], Annotated[float, Field(ge=0)]
     ] = {}
-    """Weight by modality of the label: text, control, image, audio, region; 1 where not named."""
+    """Weight by modality of the label; 1 where not named."""
     input_weight: float = Field(0.0, ge=0)
     """Weight of predicting the inputs themselves."""
     z_loss: float = Field(1e-4, ge=0)
+    """Weight of (log Z)^2, which keeps logits from drifting."""
     row_length: int = Field(2048, ge=64)
+    """Ids of one packed row."""
     rows_per_batch: int = Field(2, ge=1)
+    """Rows a step."""
     pool_size: int = Field(256, ge=1)
     """Look-ahead of the packer, in documents."""
     loop: LoopConfig

@@ -7,17 +7,18 @@ teacher.
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from anygen.config import Config
 from anygen.files import publishing
+from anygen.seeding import borrowed_randomness, seed_of
 from anygen.stages.base import PictureSet, Shuffled, StageConfig, StageResult, open_records, open_text_tokenizer
-from anygen.training.loop import LoopConfig, seed_of, train
+from anygen.training.loop import LoopConfig, train
 from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.text import TextTokenizer
 
@@ -27,34 +28,50 @@ _MEAN = _STD = 0.5
 class TowerConfig(Config):
     """Size of one tower."""
 
-    width: int = 192
-    depth: int = 4
-    num_heads: int = 4
+    width: int = Field(192, ge=1)
+    """A multiple of `num_heads`."""
+    depth: int = Field(4, ge=1)
+    """Layers."""
+    num_heads: int = Field(4, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.width % self.num_heads:
+            raise ValueError(f"width={self.width} must be a multiple of num_heads={self.num_heads}")
+        return self
 
 
 class TeacherConfig(StageConfig):
     """Recipe of the stage."""
 
     stage: Literal["teacher"] = "teacher"
-    side_px: int = 64
-    patch_px: int = 8
+    side_px: int = Field(64, ge=1)
+    """Side of the pictures."""
+    patch_px: int = Field(8, ge=1)
+    """The picture tokenizer needs the same."""
     vision: TowerConfig = TowerConfig()
     text: TowerConfig = TowerConfig(width=128, depth=2)
-    embedding: int = 128
+    embedding: int = Field(128, ge=1)
     """Width of the space that both towers meet in."""
-    max_pieces: int = 40
+    max_pieces: int = Field(40, ge=1)
     """Captions are cut to this many text pieces."""
     max_shift_px: int = Field(3, ge=0)
     """Pictures of a batch are shifted together by up to this much."""
     batch_size: int = Field(128, ge=2)
+    """Every other pair of a batch is a negative."""
     loop: LoopConfig
+
+    @model_validator(mode="after")
+    def _patches(self) -> Self:
+        if self.side_px % self.patch_px:
+            raise ValueError(f"side_px={self.side_px} must be a multiple of patch_px={self.patch_px}")
+        return self
 
 
 def main(config: TeacherConfig) -> StageResult:
     """Train and save `model/`."""
     tokenizer = open_text_tokenizer(config.root)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.loop.seed)
+    with borrowed_randomness(config.loop.seed):
         model = _create(config, tokenizer.codebook_size)
     trainee = _Contrastive(config, model, tokenizer)
     metrics = train(trainee, config.loop, config.folder, title="teacher")

@@ -7,7 +7,6 @@ bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -21,6 +20,7 @@ from torch import nn
 
 from anygen.config import Config
 from anygen.errors import ConfigError, TrainingError
+from anygen.seeding import borrowed_randomness, seed_of
 from anygen.training import checkpoint
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import MetricsLog, Progress
@@ -78,11 +78,6 @@ class Trainee(Protocol):
         ...
 
 
-def seed_of(*parts: object) -> int:
-    """A 63-bit seed that depends on every part."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
-
 def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> dict[str, float]:
     """Train to the end, or go on from the newest checkpoint in `folder`; returns the last figures.
 
@@ -117,7 +112,7 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
         return {f"validation_{name}": value for name, value in figures.items()}
 
     module.train()
-    with StopRequest() as stop, torch.random.fork_rng(devices=_cuda_devices()):
+    with StopRequest() as stop, borrowed_randomness():
         for step in range(start, config.steps):
             torch.manual_seed(seed_of(config.seed, step))
             batch = trainee.to_device(trainee.next_batch(), accelerator.device)
@@ -196,7 +191,3 @@ def _accelerator(config: LoopConfig) -> Any:
     # accelerate keeps one global state per process; stages that run after one another differ in precision
     AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=config.device == "cpu", mixed_precision="bf16" if config.precision == "bf16" else "no")
-
-
-def _cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []

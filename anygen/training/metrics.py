@@ -12,6 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from anygen.files import TEMPORARY
+
 logger = logging.getLogger("anygen")
 METRICS_FILE = "metrics.jsonl"
 _LOG_EVERY_S = 30.0
@@ -24,7 +26,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / METRICS_FILE
         kept = [row for row in read_metrics(self.path) if row["step"] < resume_step]
-        temporary = folder / f".tmp-{METRICS_FILE}"  # a kill in between must not cost the history
+        temporary = folder / f"{TEMPORARY}{METRICS_FILE}"  # a kill in between must not cost the history
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         temporary.replace(self.path)
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from anygen.api import AnyGen
-from anygen.bundle import load_bundle
+from anygen.bundle import default_bundle, load_bundle
 from anygen.errors import AnyGenError, CheckpointError, InputError
 from anygen.files import MANIFEST, sha256_of
+from anygen.recipes_index import find_recipe
 from anygen.request import Request
+from anygen.stages.run import load_recipe
 
 
 def test_transformers_opens_it_with_our_logits_and_greedy_ids(bundle_folder: Path, model: AnyGen) -> None:
@@ -203,3 +205,14 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
 def test_devices_that_are_not_there(bundle_folder: Path, device: Any) -> None:
     with pytest.raises(InputError, match="cannot be used here: expected 'auto'"):
         AnyGen.from_pretrained(bundle_folder, device=device)
+
+
+def test_the_embedded_bundle_is_small_and_of_its_recipe() -> None:
+    folder = default_bundle()
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    assert sum(sizes) <= 40e6 and max(sizes) <= 15e6
+    made_by = json.loads((folder / "anygen.json").read_text())["provenance"]["recipes"]
+    assert {"data", "teacher", "image_tokenizer", "audio_tokenizer", "pretrain"} <= set(made_by)
+    for stage, config in made_by.items():
+        recipe = load_recipe(find_recipe(f"nano/{stage}.yaml"), root=Path("unused"))
+        assert recipe.model_dump(mode="json", exclude={"root"}) == config, f"recipes/nano/{stage}.yaml changed since"

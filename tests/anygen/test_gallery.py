@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import html
+import os
 import re
 import shlex
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from anygen.api import AnyGen
 from anygen.errors import ConfigError
@@ -45,11 +51,28 @@ def test_the_page_holds_every_direction_with_media_and_commands(model: AnyGen, t
     }
     for kind in ("text", "image", "audio"):
         for output in ("text", "image", "audio"):
-            if (kind, output) != ("image", "image"):
-                assert (kind, output) in pairs, f"no exhibit shows {kind} to {output}"
-    commands = re.findall(r"<code>(.*?)</code>", text, re.DOTALL)
+            assert (kind, output) in pairs, f"no exhibit shows {kind} to {output}"
+    commands = [html.unescape(command) for command in re.findall(r"<code>(.*?)</code>", text, re.DOTALL)]
     assert len(commands) == len(load_exhibits())
-    assert all(shlex.split(command.replace("&#39;", "'"))[:2] == ["anygen", "generate"] for command in commands)
+    assert all(command.startswith("anygen generate ") for command in commands)
+
+
+def test_the_command_beside_an_exhibit_gives_it_again(model: AnyGen, tmp_path: Path) -> None:
+    prompts = tmp_path / "p.yaml"
+    prompts.write_text(
+        "- {section: a, emoji: red_apple, inputs: [image, audio, text], output: [image, text], num_samples: 2, seed: 5,"
+        " options: {size: 24, top_k: 3, temperature: 0.7, max_new_tokens: 60}}"
+    )
+    page = build_gallery(model, tmp_path / "g", load_exhibits(prompts))
+    (command,) = re.findall(r"<code>(.*?)</code>", page.read_text(), re.DOTALL)
+    words = shlex.split(html.unescape(command))
+    program = [sys.executable, "-c", "from anygen.cli import main; main()", *words[1:], "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(program, cwd=page.parent, env=environment, check=True)
+    for sample in range(2):
+        shown, again = page.parent / f"media/00-{sample}-0.png", tmp_path / f"out/{sample:02d}-0-image.png"
+        assert np.array_equal(np.asarray(Image.open(shown)), np.asarray(Image.open(again)))
+        assert Image.open(shown).size == (24, 24)
 
 
 def test_hostile_captions_stay_text() -> None:
@@ -81,7 +104,9 @@ def test_embedded_inputs_are_real_and_some_were_held_out() -> None:
 @pytest.mark.parametrize(
     "content",
     ["", "a: 1", "- {section: x}", "- {section: x, output: [image], emoji: nobody}",
-     "- {section: x, output: [image], inputs: [image]}", "- {section: x, output: [image], inputz: []}", "- ["],
+     "- {section: x, output: [image], inputs: [image]}",
+     "- {section: x, output: [image], inputs: [text=a, text=b]}",
+     "- {section: x, output: [image], emoji: red_apple, inputs: [text, image]}", "- {section: x, output: [image], inputz: []}", "- ["],
 )  # fmt: skip
 def test_bad_prompt_files(tmp_path: Path, content: str) -> None:
     path = tmp_path / "p.yaml"
@@ -91,8 +116,6 @@ def test_bad_prompt_files(tmp_path: Path, content: str) -> None:
 
 
 def test_spectrograms_show_pitch_low_at_the_bottom() -> None:
-    import numpy as np
-
     from tokenizers_mm.media import Audio
 
     time = np.arange(16_000) / 16_000

@@ -16,9 +16,10 @@ from torch import nn
 
 from anygen.errors import CheckpointError, TrainingError
 from anygen.files import is_published, publishing, remove_leftovers, verify
+from anygen.seeding import seed_of
 from anygen.training import checkpoint
 from anygen.training.interrupts import Interrupted, StopRequest
-from anygen.training.loop import CHECKPOINTS, LoopConfig, seed_of, train
+from anygen.training.loop import CHECKPOINTS, LoopConfig, train
 from anygen.training.metrics import METRICS_FILE, MetricsLog, read_metrics
 from anygen.training.schedule import OptimizerConfig, learning_rate, make_optimizer
 
@@ -74,7 +75,8 @@ class ToyTrainee:
         assert not module.training and not torch.is_grad_enabled()
         return {"norm": float(self.module.linear.weight.norm())}  # type: ignore[union-attr]
 
-    def compile(self) -> None: ...
+    def compile(self) -> None:
+        self.module.compile(backend="eager")
 
 
 def config_of(**changes: Any) -> LoopConfig:
@@ -86,9 +88,9 @@ def weights(trainee: ToyTrainee) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in trainee.module.state_dict().values()]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resumed_equals_never_stopped_bit_for_bit(tmp_path: Path, precision: str) -> None:
-    config = config_of(precision=precision)
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("bf16", True)])
+def test_resumed_equals_never_stopped_bit_for_bit(tmp_path: Path, precision: str, compiled: bool) -> None:
+    config = config_of(precision=precision, compile=compiled)
     straight = ToyTrainee()
     train(straight, config, tmp_path / "straight", title="toy")
     for stop in (1, 4, 7, 18):
