@@ -61,7 +61,7 @@ def main(config: BundleConfig) -> StageResult:
         "vocabulary": vocabulary,
         "layout": layout,
         "tokenizers": tokenizers,
-        "metrics": {name: _exact(facts["metrics"]) for name, facts in stages.items()},
+        "metrics": {name: _exact(facts) for name, facts in stages.items()},
         "version": __version__,
     }
     save_bundle(
@@ -78,10 +78,11 @@ def main(config: BundleConfig) -> StageResult:
     return StageResult(config.folder, (config.folder / config.name,), {"megabytes": size / 1e6})
 
 
-def _exact(metrics: dict[str, float]) -> dict[str, float]:
+def _exact(stage: dict[str, Any]) -> dict[str, float]:
     """The figures that a resumed run repeats to the last bit: means over the last steps begin anew at a restart."""
-    is_trained = any(name == "lr" or name.startswith("validation_") for name in metrics)
-    return {name: value for name, value in metrics.items() if not is_trained or name.startswith("validation_")}
+    has_trained = any(key.endswith("loop") for key in stage["config"])
+    figures: dict[str, float] = stage["metrics"]
+    return {name: value for name, value in figures.items() if not has_trained or name.startswith("validation_")}
 
 
 def _card(facts: dict[str, Any]) -> str:
