@@ -66,7 +66,10 @@ def publishing(folder: Path) -> Iterator[Path]:
     try:
         yield temporary
         write_json(temporary / MANIFEST, _sums(temporary))
+        mode = (temporary / MANIFEST).stat().st_mode  # safetensors writes files that only their owner may read
         for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                path.chmod(mode)
             _fsync(path)
         _fsync(temporary)
         old = folder.with_name(f"{_REPLACED}{os.getpid()}-{folder.name}")

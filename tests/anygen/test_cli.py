@@ -147,20 +147,18 @@ def test_inspect_a_bundle_and_list_recipes(bundle_folder: Path) -> None:
 
 
 def test_ctrl_c_is_one_word(bundle_folder: Path, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-c",
-        "from anygen.cli import main; main()",
-        "generate",
-        "--text",
-        "a",
-        "--output",
-        "image",
-    ]
-    command += ["--model", str(bundle_folder), "--num-samples", "1024", "--out", str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    time.sleep(2)
+    code = "import anygen.api; print('ready', flush=True); from anygen.cli import main; main()"
+    command = [sys.executable, "-c", code, "generate", "--text", "a", "--output", "image", "--num-samples", "1024"]
+    process = subprocess.Popen(
+        [*command, "--model", str(bundle_folder), "--out", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job ignores it
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said) == (130, "Interrupted.\n")

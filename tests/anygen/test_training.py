@@ -247,6 +247,15 @@ def test_state_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
         checkpoint.restore(tmp_path, Wider(), make_optimizer(Wider(), OptimizerConfig()))
 
 
+def test_what_is_published_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    with publishing(tmp_path / "out") as folder:
+        (folder / "plain").write_text("a")
+        (folder / "private").write_text("b")
+        (folder / "private").chmod(0o600)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert modes["private"] == modes["plain"]
+
+
 def test_publishing_replaces_whole_folders_and_cleans_up(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with publishing(target) as folder:

@@ -93,6 +93,16 @@ def test_a_picture_is_scaled_before_it_is_padded() -> None:
     assert half[:, 2:6].max() == 0 and half[:, :2].min() == 255 and half[:, 6:].min() == 255
 
 
+def test_perceptual_features_are_the_shallow_ones_with_gradients_to_the_pixels(clip_folder: Path) -> None:
+    teacher = VisionTeacher.from_pretrained(clip_folder, shallow_layer=1)
+    pixels = torch.rand(2, 3, 16, 16, requires_grad=True)
+    features = teacher.differentiable(pixels)
+    assert torch.equal(features, teacher(pixels).shallow_BND)
+    features[0, :, 0].sum().backward()
+    assert pixels.grad is not None and pixels.grad[0].abs().sum() > 0 and pixels.grad[1].abs().sum() == 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
 def test_teacher_refuses_what_is_no_vision_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no usable vision model"):
         VisionTeacher.from_pretrained(tmp_path, shallow_layer=1)
