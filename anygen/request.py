@@ -84,7 +84,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):
             raise InputError("pass either content or text, image and audio, not both")
-        for name in (*OPTION_NAMES, "duration_s"):
+        for name in (*OPTION_NAMES, "duration_s", "size"):
             if isinstance(value := getattr(self, name), np.generic):
                 object.__setattr__(self, name, value.item())
         self._take_integer("num_samples", 1, MAX_SAMPLES)

@@ -170,7 +170,7 @@ def _read_bytes(source: Any, kind: str, limit: int, expected: str) -> bytes:
     else:
         raise InputError(f"cannot use {type(source).__name__} as a {kind}; pass {expected}")
     if len(data) > limit:
-        raise InputError(f"{name} has {len(data):,} bytes; a {kind} may have {limit:,}")
+        raise InputError(f"{name} is too large: a {kind} may have {limit:,} bytes")
     if not data:
         raise InputError(f"{name} is empty (0 bytes); expected a {kind}")
     return data

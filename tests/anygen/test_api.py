@@ -138,6 +138,8 @@ def test_numpy_numbers_are_numbers(model: AnyGen) -> None:
     )
     assert [s.ids for s in plain.samples] == [s.ids for s in numpy.samples]
     json.dumps(dict(numpy.samples[0].provenance))
+    one_side = model.generate(text="a", output="image", size=np.int64(16))
+    assert one_side.image.size == (16, 16) and json.dumps(dict(one_side.samples[0].provenance))
 
 
 def test_batches_of_nothing_and_of_other_things(model: AnyGen) -> None:

@@ -265,3 +265,10 @@ def test_a_header_that_claims_a_billion_frames_reads_what_is_there() -> None:
     except InputError:
         return
     assert len(sound.samples_T) <= 10 + 1
+
+
+def test_files_beyond_the_limit_are_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "cat.png").open("wb") as file:
+        file.truncate(2**40)  # sparse: reading all of it would end the test
+    with pytest.raises(InputError, match=r"cat\.png is too large: a picture may have 26,214,400 bytes"):
+        load_picture(tmp_path / "cat.png")
