@@ -104,6 +104,22 @@ class AnyGen:
             for request, group in zip(requests, states, strict=True)
         ]
 
+    def tokenize(self, request: Request) -> list[dict[str, Any]]:
+        """Of each input its `modality`, `grid`, `codes` and, in the model's vocabulary, `ids`; JSON-able.
+
+        Raises:
+            InputError: the model has no tokenizer for an input.
+        """
+        rows = []
+        for segment in request.inputs:
+            if segment.modality not in self.bundle.tokenizers:
+                raise InputError(f"this model has no {segment.modality} tokenizer")
+            codes = self.bundle.tokenizers[segment.modality].encode(segment.content)
+            ids = self.sequencer.block_ids(codes).tolist()
+            facts = {"modality": segment.modality, "grid": codes.grid_hw, "codes": codes.codes_KT.tolist()}
+            rows.append({**facts, "ids": ids})
+        return rows
+
     @_with_signature_of_request
     def stream(self, **arguments: Any) -> Iterator[Event | Finished]:
         """Generate, step by step: segments begun, text as it comes, progress of pictures and sounds, segments whole.

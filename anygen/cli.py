@@ -128,11 +128,21 @@ def generate(
 
 
 @app.command()
-def train(recipe: Path, overrides: OverridesArgument = None, root: RootOption = None) -> None:
+def train(
+    recipe: Path,
+    overrides: OverridesArgument = None,
+    root: RootOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what it would do and cost.")] = False,
+) -> None:
     """Run one stage: anygen train RECIPE.yaml key.sub=value ..."""
     from anygen.stages.run import load_recipe, run_stage
 
     config = load_recipe(recipe, overrides or (), root=root, default_root=Path("runs") / recipe.resolve().parent.name)
+    if dry_run:
+        from anygen.stages.dry_run import weigh
+
+        _print_facts(weigh(config))
+        return
     _print_result(run_stage(config))
 
 
@@ -148,6 +158,11 @@ def run(folder: Path, overrides: OverridesArgument = None, root: RootOption = No
 def _print_result(result: Any) -> None:
     figures = " ".join(f"{name}={value:.4g}" for name, value in sorted(result.metrics.items()))
     print(f"{result.folder}: {figures}")
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    for name, value in facts.items():
+        print(f"{name}: {value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)}")
 
 
 def _print_json(content: Any) -> None:
@@ -171,19 +186,34 @@ def gallery(
 
 @app.command()
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="Bundle folder; the embedded one by default.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many names a group; all by default.")] = None,
-    direction: Annotated[list[str] | None, typer.Option(help="For instance text>image; repeat for several.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[PATH]", help="Bundle or picture tokenizer; the embedded bundle by default."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many names a group, pictures a kind.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="Bundles: text>image and so on; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Bundles: seed of the samples.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="Tokenizers: folder of shards; RUN/data by default.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Tokenizers: folder of the teacher; its own by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Tokenizers: folder of the page.")] = Path("out/evaluation"),
     as_json: JsonOption = False,
 ) -> None:
-    """Measure every direction on the emoji world, training names and held-out names apart."""
+    """Measure a bundle on the emoji world in every direction, or a picture tokenizer on held-out pictures."""
     import dataclasses
 
     from anygen.api import AnyGen
     from anygen.errors import InputError
     from anygen.evaluation.emoji import DIRECTIONS, FIGURES, evaluate_emoji
+    from anygen.evaluation.picture_page import evaluate_folder, is_picture_tokenizer, lines_of
 
+    if model is not None and is_picture_tokenizer(Path(model)):
+        if direction:
+            raise InputError("--direction is for bundles; this is a picture tokenizer")
+        report = evaluate_folder(Path(model), data=data, teacher=teacher, out=out, limit=limit)
+        _print_json(report) if as_json else print(*lines_of(report), out / "index.html", sep="\n")
+        return
+    if data or teacher:
+        raise InputError(f"--data and --teacher are for picture tokenizers; {model or 'the embedded bundle'} is none")
     unknown = set(direction or ()) - set(DIRECTIONS)
     if unknown:
         raise InputError(f"unknown direction {sorted(unknown)[0]!r}; expected {', '.join(DIRECTIONS)}")
@@ -209,20 +239,10 @@ def tokenize(
     from anygen.errors import InputError
     from anygen.request import Request
 
-    inputs = Request(text=text, image=image, audio=audio, output="any").inputs
-    if not inputs:
+    request = Request(text=text, image=image, audio=audio, output="any")
+    if not request.inputs:
         raise InputError("nothing to tokenize: give --text, --image or --audio")
-    opened = AnyGen.from_pretrained(model)
-    rows = []
-    for segment in inputs:
-        if segment.modality not in opened.bundle.tokenizers:
-            raise InputError(f"this model has no {segment.modality} tokenizer")
-        codes = opened.bundle.tokenizers[segment.modality].encode(segment.content)
-        ids = opened.sequencer.block_ids(codes)
-        rows.append(
-            {"modality": segment.modality, "grid": codes.grid_hw, "codes": codes.codes_KT.tolist(), "ids": ids.tolist()}
-        )
-    _print_json(rows)
+    _print_json(AnyGen.from_pretrained(model).tokenize(request))
 
 
 @app.command()
@@ -234,8 +254,7 @@ def inspect(path: Path, as_json: JsonOption = False) -> None:
     if as_json:
         _print_json(facts)
         return
-    for name, value in facts.items():
-        print(f"{name}: {value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)}")
+    _print_facts(facts)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from tokenizers_mm.codes import Codes, Modality, check_codes, fingerprint_of
 from tokenizers_mm.errors import CheckpointError, InputError
 from tokenizers_mm.media import PictureSource, load_picture
 from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
+from tokenizers_mm.quantizer import QuantizerConfig
 from tokenizers_mm.vqkd import PictureEncoder, VQKDConfig
 from tokenizers_mm.weights import load_facts, load_weights, rounded, save_facts, save_weights
 
@@ -31,13 +33,12 @@ class ImageTokenizer:
     """
 
     modality: Modality = "image"
-    num_codebooks = 1
     rate_hz = None
 
     def __init__(
         self, config: VQKDConfig, encoder: PictureEncoder, head_config: PixelHeadConfig, pixel_head: PixelHead
     ) -> None:
-        if not bool(encoder.quantizer._codebook.initted):
+        if not encoder.is_started:
             raise CheckpointError("this picture tokenizer has no codebook yet: train it first")
         self.config, self.head_config = config, head_config
         self.encoder, self.pixel_head = encoder, pixel_head
@@ -54,8 +55,13 @@ class ImageTokenizer:
 
     @property
     def codebook_size(self) -> int:
-        """Entries of the codebook."""
+        """Entries of every codebook."""
         return self.config.codebook_size
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codebooks; each after the first holds what the ones before left over."""
+        return self.config.quantizer.num_codebooks
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -67,20 +73,28 @@ class ImageTokenizer:
     def fingerprint(self) -> str:
         """sha256 of what decides the codes: configuration, encoder and codebook, not the pixel head."""
         arrays = {name: tensor.cpu().numpy() for name, tensor in self.encoder.state_dict().items()}
-        return fingerprint_of({"kind": KIND, **self.config.model_dump()}, arrays)
+        return fingerprint_of({"kind": KIND, **self._facts()}, arrays)
+
+    def _facts(self) -> dict[str, Any]:
+        """The configuration, without what came later and is at its default: old tokenizers keep their fingerprint."""
+        facts = self.config.model_dump(mode="json")
+        if self.config.quantizer == QuantizerConfig():
+            del facts["quantizer"]
+        return facts
 
     def encode(self, media: PictureSource) -> Codes:
-        """One picture to 1 x N codes.
+        """One picture to K x N codes.
 
         Raises:
             InputError: not a picture, or beyond the limits of `tokenizers_mm.media`.
         """
         pixels_BCHW = to_pixels(square(load_picture(media), self.config.side_px))[None]
-        return Codes(self.encode_pixels(pixels_BCHW)[0].numpy()[None], "image", self.grid_hw)
+        codes = self.encode_pixels(pixels_BCHW)[0]
+        return Codes(codes.reshape(self.num_codebooks, -1).numpy(), "image", self.grid_hw)
 
     @torch.inference_mode()
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
-        """Pixels in [0, 1] of any grid to B x N codes, on the CPU.
+        """Pixels in [0, 1] of any grid to codes on the CPU: B x N, or B x K x N with several codebooks.
 
         Raises:
             InputError: sides that are not multiples of the patch, or values that are not finite.
@@ -90,26 +104,24 @@ class ImageTokenizer:
             raise InputError(f"picture sides must be multiples of {patch} px, got {tuple(pixels_BCHW.shape[2:])}")
         if not torch.isfinite(pixels_BCHW).all():
             raise InputError("the picture holds NaN or infinite pixels")
-        _, codes_BN, _ = self.encoder(pixels_BCHW.to(self.device))
-        return codes_BN.cpu()
+        _, codes, _ = self.encoder(pixels_BCHW.to(self.device))
+        return codes.cpu()
 
     def decode(self, codes: Codes) -> Image.Image:
-        """1 x N codes of any grid to a picture."""
-        check_codes(codes, "image", self.codebook_size, 1)
+        """K x N codes of any grid to a picture; fewer codebooks give a coarser one."""
+        check_codes(codes, "image", self.codebook_size, self.num_codebooks)
         assert codes.grid_hw is not None
-        return to_picture(self.decode_codes(torch.from_numpy(codes.codes_KT.copy()), codes.grid_hw)[0])
+        return to_picture(self.decode_codes(torch.from_numpy(codes.codes_KT.copy())[None], codes.grid_hw)[0])
 
     @torch.inference_mode()
-    def decode_codes(self, codes_BN: Tensor, grid_hw: tuple[int, int]) -> Tensor:
-        """B x N codes to pixels in [0, 1], on the CPU."""
-        vectors_BNX = self.encoder.codebook_KX[codes_BN.to(self.device)]
+    def decode_codes(self, codes: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """Codes B x N or B x K x N to pixels in [0, 1], on the CPU."""
+        vectors_BNX = self.encoder.vectors_of(codes.to(self.device))
         return self.pixel_head(vectors_BNX, grid_hw).clamp(0, 1).float().cpu()
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`."""
-        save_facts(
-            folder, {"kind": KIND, "vqkd": self.config.model_dump(), "pixel_head": self.head_config.model_dump()}
-        )
+        save_facts(folder, {"kind": KIND, "vqkd": self._facts(), "pixel_head": self.head_config.model_dump()})
         save_weights(folder, {"encoder": self.encoder, "pixel_head": self.pixel_head}, keep=_KEEP_FP32)
 
     @classmethod

@@ -9,6 +9,7 @@ Dimension key: H rows, W columns, C colours, T samples.
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 from dataclasses import dataclass
@@ -17,16 +18,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from tokenizers_mm.errors import InputError
+from tokenizers_mm.picture_files import ORIENTATION, first_frame
+from tokenizers_mm.rgb import to_rgb, upright
 
 FloatArray = npt.NDArray[np.float32]
 PictureSource = Image.Image | str | Path | bytes | npt.NDArray[Any]
 
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PICTURE_BYTES = 25 * 2**20
-MAX_PICTURE_PIXELS = 64_000_000
+MAX_PICTURE_PIXELS = 25_000_000
+"""Photographs of 24 million pixels are read; decoding needs up to 10 bytes a pixel (progressive JPEG)."""
+MAX_CMYK_PIXELS = 20_000_000
+"""Up to 12 bytes a pixel, in progressive JPEGs."""
+MAX_WEBP_PIXELS = 12_500_000
+"""Pillow's WEBP decoder holds two canvases, a copy and the picture: 16 to 20 bytes a pixel."""
 MAX_PICTURE_SIDE_PX = 16_384
 
 MAX_SOUND_BYTES = 50 * 2**20
@@ -94,27 +102,31 @@ class Region:
             raise InputError(f"a region is 2 or 4 fractions in [0, 1]: (x, y) or (x0, y0, x1, y1); got {self.values}")
 
 
-def load_picture(source: PictureSource) -> Image.Image:
+def load_picture(source: PictureSource, *, max_side_px: int | None = None) -> Image.Image:
     """Any picture a user may pass, as an RGB PIL image, upright, transparency over white, first frame.
+
+    Encoded pictures (PNG, JPEG, WEBP, GIF, BMP) cost at most about 300 MB and 2 s of one core, whatever the file says:
+    `tests/tokenizers_mm/test_mutated_pictures.py` measures it. Colour profiles are ignored: numbers are taken as sRGB.
 
     Args:
         source: PIL image, path, encoded bytes, or uint8 array H x W, H x W x 3 or H x W x 4.
+        max_side_px: a JPEG may come smaller, for speed, with its longer side still at least this; the exact size is
+            left to the caller. None keeps every pixel.
 
     Raises:
         InputError: missing or unreadable file, not a picture, or beyond the limits of this module.
     """
-    name = source if isinstance(source, str | Path) else "the picture"
+    name = str(source) if isinstance(source, str | Path) else "the picture"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limits follow; Pillow's bomb warning would only repeat them
-            picture = _open_picture(source)
-            width, height = picture.size
-            if not 0 < width * height <= MAX_PICTURE_PIXELS or max(width, height) > MAX_PICTURE_SIDE_PX:
-                raise InputError(
-                    f"{name} has {width} x {height} pixels; 1 to {MAX_PICTURE_PIXELS:,} pixels and at most "
-                    f"{MAX_PICTURE_SIDE_PX} per side are read: make it smaller first"
-                )
-            return _to_rgb(picture)
+            picture, orientation = _open_picture(source, name)
+            _check_size(picture, name)
+            if max_side_px is not None and picture is not source:  # a user's own picture stays as it is
+                _draft(picture, max_side_px)
+            rgb = to_rgb(picture)
+            del picture  # turning makes a second copy: not a third beside it
+            return upright(rgb, orientation)
     except InputError:
         raise
     except UnidentifiedImageError as error:
@@ -149,17 +161,38 @@ def load_sound(source: SoundSource, *, rate_hz: int | None = None) -> Audio:
     return sound if rate_hz is None else sound.resampled(rate_hz)
 
 
-def _open_picture(source: PictureSource) -> Image.Image:
+def _open_picture(source: PictureSource, name: str) -> tuple[Image.Image, int]:
+    """The picture, not yet decoded, and its EXIF orientation."""
     if isinstance(source, Image.Image):
-        return source
+        return source, source.getexif().get(ORIENTATION, 1)
     if not isinstance(source, np.ndarray):
         data = _read_bytes(source, "picture", MAX_PICTURE_BYTES, "a PIL image, a path, bytes or a uint8 array")
-        return Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        file = first_frame(data, name)
+        return Image.open(io.BytesIO(file.data), formats=PICTURE_FORMATS), file.orientation
     if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)):
         raise InputError(f"a picture array is uint8, H x W, H x W x 3 or H x W x 4; got {source.dtype} {source.shape}")
     if 0 in source.shape:
         raise InputError(f"a picture has at least one pixel; got an array of shape {source.shape}")
-    return Image.fromarray(source)
+    return Image.fromarray(source), 1
+
+
+def _check_size(picture: Image.Image, name: str) -> None:
+    width, height = picture.size
+    limit = MAX_CMYK_PIXELS if picture.mode == "CMYK" else MAX_PICTURE_PIXELS
+    if picture.format == "WEBP":
+        limit = MAX_WEBP_PIXELS
+    if not 0 < width * height <= limit or max(width, height) > MAX_PICTURE_SIDE_PX:
+        raise InputError(
+            f"{name} has {width} x {height} pixels; 1 to {limit:,} pixels and at most "
+            f"{MAX_PICTURE_SIDE_PX} per side are read: make it smaller first"
+        )
+
+
+def _draft(picture: Image.Image, side_px: int) -> None:
+    """Let a JPEG be decoded at 1/2, 1/4 or 1/8 of its size where the longer side stays at least `side_px`."""
+    scale = side_px / max(picture.size)
+    if scale < 1:
+        picture.draft(None, (math.ceil(picture.width * scale), math.ceil(picture.height * scale)))
 
 
 def _read_bytes(source: Any, kind: str, limit: int, expected: str) -> bytes:
@@ -190,25 +223,6 @@ def _read_file(source: str | Path, kind: str, limit: int) -> bytes:
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or _first_line(error)
         raise InputError(f"cannot read the {kind} {str(source)!r}: {reason}") from error
-
-
-def _to_rgb(picture: Image.Image) -> Image.Image:
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in ("I", "I;16", "I;16B", "I;16L", "F"):  # 16 bit and more: scale, do not clip
-        values_HW = np.asarray(picture, dtype=np.float64)
-        if not np.isfinite(values_HW).all():
-            raise InputError("the picture holds NaN or infinite values")
-        tops = (1.0, 255.0, 65535.0) if picture.mode == "F" else (255.0, 65535.0)
-        top = next((top for top in tops if values_HW.max() <= top), tops[-1])
-        picture = Image.fromarray((np.clip(values_HW / top, 0.0, 1.0) * 255).round().astype(np.uint8))
-    if picture.mode == "La":  # Pillow converts it to LA only
-        picture = picture.convert("LA")
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        white.alpha_composite(layer)
-        picture = white
-    return picture.convert("RGB")
 
 
 def _decode_sound(data: bytes, name: str) -> Audio:

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from vector_quantize_pytorch import VectorQuantize
 
 from tokenizers_mm.config import Config
+from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig, cosine_loss, task_layer
 from tokenizers_mm.pixels import PixelHead
-from tokenizers_mm.teacher import TeacherFeatures
-from tokenizers_mm.vit import PatchEncoder, Transformer, check_width
+from tokenizers_mm.quantizer import QuantizerConfig, codebooks_of, is_started, make_quantizer
+from tokenizers_mm.teacher import TeacherConfig, TeacherFeatures
+from tokenizers_mm.vit import PatchEncoder, check_width
 
 
 class VQKDConfig(Config):
@@ -43,6 +44,7 @@ class VQKDConfig(Config):
     ema_decay: float = Field(0.99, gt=0, lt=1)
     dead_code_share: float = Field(0.25, ge=0, lt=1)
     """A code is replaced when its average hits fall below this share of the mean, batch x patches / codebook size."""
+    quantizer: QuantizerConfig = QuantizerConfig()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -60,7 +62,8 @@ class VQKDLosses:
     shallow: Tensor
     commitment: Tensor
     pixels: Tensor
-    codes_BN: Tensor
+    codes: Tensor | None
+    """B x N, or B x K x N with several codebooks; None where nothing was quantised."""
 
 
 class PictureEncoder(nn.Module):
@@ -70,32 +73,41 @@ class PictureEncoder(nn.Module):
         super().__init__()
         self.encoder = PatchEncoder(config.width, config.depth, config.num_heads, config.patch_px)
         self.to_code = task_layer(config.width, config.code_dim)
-        mean_hits = tokens_per_batch / config.codebook_size
-        self.quantizer = VectorQuantize(
+        self.quantizer = make_quantizer(
+            config.quantizer,
             dim=config.code_dim,
             codebook_size=config.codebook_size,
-            use_cosine_sim=True,
             decay=config.ema_decay,
-            kmeans_init=True,
-            kmeans_iters=10,
-            rotation_trick=True,
-            threshold_ema_dead_code=config.dead_code_share * mean_hits,
-            commitment_weight=1.0,
+            dead_hits=config.dead_code_share * tokens_per_batch / config.codebook_size,
         )
 
+    def unquantised(self, pixels_BCHW: Tensor) -> Tensor:
+        """Pixels in [0, 1] to B x N x X on the unit sphere, where the codes will be."""
+        return F.normalize(self.to_code(self.encoder(pixels_BCHW)).float(), dim=-1)
+
     def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels in [0, 1] to (quantised B x N x X, codes B x N, commitment loss)."""
+        """Pixels in [0, 1] to (quantised B x N x X, codes B x N or B x K x N, commitment loss)."""
         z_BNX = self.to_code(self.encoder(pixels_BCHW))
         # The quantiser always works in fp32: under bf16 autocast 2.6 % of the codes change.
         with torch.autocast(pixels_BCHW.device.type, enabled=False):
-            quantised_BNX, codes_BN, commitment = self.quantizer(z_BNX.float())
-        return quantised_BNX, codes_BN, commitment.sum()
+            quantised_BNX, codes, commitment = self.quantizer(z_BNX.float())
+        return quantised_BNX, codes, commitment.sum()
 
     @property
-    def codebook_KX(self) -> Tensor:
-        """The codes' vectors, on the unit sphere."""
-        codebook: Tensor = self.quantizer.codebook
-        return codebook
+    def codebooks_KVX(self) -> Tensor:
+        """The codes' vectors, one codebook after the other; the first lies on the unit sphere."""
+        return codebooks_of(self.quantizer)
+
+    @property
+    def is_started(self) -> bool:
+        """False before the first batch gave the codebooks their vectors."""
+        return is_started(self.quantizer)
+
+    def vectors_of(self, codes: Tensor) -> Tensor:
+        """Codes B x N or B x K x N to their vectors B x N x X, summed over codebooks."""
+        books_KVX = self.codebooks_KVX
+        codes_BKN = codes[:, None] if codes.ndim == 2 else codes
+        return torch.stack([books_KVX[k][codes_BKN[:, k]] for k in range(codes_BKN.shape[1])]).sum(0)
 
 
 class VQKD(nn.Module):
@@ -103,46 +115,58 @@ class VQKD(nn.Module):
 
     Args:
         config: architecture.
-        teacher_width: channels of the teacher's features.
-        tokens_per_batch: pictures times patches of one training batch; sets the dead-code threshold.
+        teacher: whose features are predicted; kept with the decoder.
+        deep_width, shallow_width: channels of the teacher's features.
+        tokens_per_batch: pictures times patches of one training batch on all processes; sets the dead-code threshold.
         pixel_head: also learn to draw from the codes while they form (gradients reach the encoder); None trains on
         the teacher alone.
     """
 
     def __init__(
-        self, config: VQKDConfig, *, teacher_width: int, tokens_per_batch: int, pixel_head: PixelHead | None = None
+        self,
+        config: VQKDConfig,
+        *,
+        teacher: TeacherConfig | None = None,
+        deep_width: int,
+        shallow_width: int,
+        tokens_per_batch: int,
+        pixel_head: PixelHead | None = None,
     ) -> None:
         super().__init__()
         self.encoder = PictureEncoder(config, tokens_per_batch=tokens_per_batch)
-        self.from_code = nn.Linear(config.code_dim, config.width)
-        self.decoder = Transformer(config.width, config.decoder_depth, config.num_heads)
-        self.to_deep = task_layer(config.width, teacher_width)
-        self.to_shallow = task_layer(config.width, teacher_width)
+        self.features = FeatureDecoder(
+            FeatureDecoderConfig(
+                code_dim=config.code_dim,
+                width=config.width,
+                depth=config.decoder_depth,
+                num_heads=config.num_heads,
+                deep_width=deep_width,
+                shallow_width=shallow_width,
+                teacher=teacher or TeacherConfig(),
+            )
+        )
         self.pixel_head = pixel_head
         self.patch_px = config.patch_px
 
-    def forward(self, pixels_BCHW: Tensor, target: TeacherFeatures) -> VQKDLosses:
-        """Losses of one batch of pixels in [0, 1]."""
+    def forward(self, pixels_BCHW: Tensor, target: TeacherFeatures | None, *, quantise: bool = True) -> VQKDLosses:
+        """Losses of one batch of pixels in [0, 1].
+
+        Args:
+            pixels_BCHW: the pictures.
+            target: the teacher's features; None leaves the losses to the teacher at 0.
+            quantise: False lets the encoder learn before there are codes: they then start on vectors that differ.
+        """
         grid_hw = (pixels_BCHW.shape[2] // self.patch_px, pixels_BCHW.shape[3] // self.patch_px)
-        quantised_BNX, codes_BN, commitment = self.encoder(pixels_BCHW)
-        decoded_BND = self.decoder(self.from_code(quantised_BNX), grid_hw)
-        pixels = torch.zeros((), device=pixels_BCHW.device)
+        deep = shallow = pixels = commitment = torch.zeros((), device=pixels_BCHW.device)
+        codes = None
+        if quantise:
+            quantised_BNX, codes, commitment = self.encoder(pixels_BCHW)
+        else:
+            quantised_BNX = self.encoder.unquantised(pixels_BCHW)
+        if target is not None:
+            predicted = self.features(quantised_BNX, grid_hw)
+            deep = cosine_loss(predicted.deep_BND, target.deep_BND)
+            shallow = cosine_loss(predicted.shallow_BND, target.shallow_BND)
         if self.pixel_head is not None:
             pixels = F.mse_loss(self.pixel_head(quantised_BNX, grid_hw).float(), pixels_BCHW)
-        return VQKDLosses(
-            cosine_loss(self.to_deep(decoded_BND), target.deep_BND),
-            cosine_loss(self.to_shallow(decoded_BND), target.shallow_BND),
-            commitment,
-            pixels,
-            codes_BN,
-        )
-
-
-def task_layer(width_in: int, width_out: int) -> nn.Sequential:
-    """Linear-Tanh-Linear, as BEiT v2 has it on both sides of the codes."""
-    return nn.Sequential(nn.Linear(width_in, width_in), nn.Tanh(), nn.Linear(width_in, width_out))
-
-
-def cosine_loss(predicted_BND: Tensor, target_BND: Tensor) -> Tensor:
-    """1 - cosine, mean over patches (BEiT v2, equation 2)."""
-    return 1 - F.cosine_similarity(predicted_BND.float(), target_BND, dim=-1).mean()
+        return VQKDLosses(deep, shallow, commitment, pixels, codes)

@@ -3,13 +3,15 @@
 A record is everything that says the same thing: a picture, captions, spoken utterances, placed objects, questions. In
 a shard it is `{key}.json` (captions and the rest), `{key}.png` (or .jpg, .webp) and one `{key}.{voice}.flac` (or
 .wav, .ogg) an utterance. Shards of other tools are read as they are: `{key}.txt` is a caption, `{key}.wav` an
-utterance of that text.
+utterance of that text; where there is no other caption, `{key}.cls` is one, unless it is only a number. Members of
+other types are not read.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import re
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -20,13 +22,16 @@ from typing import Any
 from anygen.errors import DataError
 from tokenizers_mm.media import Audio, Region, load_sound
 
+logger = logging.getLogger("anygen")
 PICTURE_TYPES = ("png", "jpg", "jpeg", "webp")
 SOUND_TYPES = ("flac", "wav", "ogg")
 MAX_MEMBER_BYTES = 50 * 2**20
 MAX_MEMBERS = 1_000_000
 _MEMBER = re.compile(
-    r"^(?:\./)?(?P<key>[\w-]{1,200})\.(?P<field>(?:[\w+:-]{1,80}\.)?(?P<type>png|jpg|jpeg|webp|flac|wav|ogg|txt|json))$"
+    r"^(?:\./)?(?P<key>[\w-]{1,200})\.(?P<field>(?:[\w+:-]{1,80}\.)?(?P<type>png|jpg|jpeg|webp|flac|wav|ogg|txt|cls|json))$"
 )
+_HIDDEN_OR_UNREAD = re.compile(r"^(?:\./)?(?:[\w-]{1,200}(?:\.[\w+:-]{1,80}){1,8}|\.[\w+:-][\w.+:-]{0,199})$")
+"""What a shard may hold beside what is read: `{key}.npy`, `{key}.seg.pth`, `.nfs0001`; no folder and no `..`."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,15 @@ class RecordStore:
         """Utterances of a record; reads nothing."""
         return sum(name.split(".")[-1] in SOUND_TYPES for name in self._entries[index][2])
 
+    def picture(self, index: int) -> bytes | None:
+        """The encoded picture of a record; its sounds are not read."""
+        path, _, members = self._entries[index]
+        place = next((place for name, place in members.items() if name.split(".")[-1] in PICTURE_TYPES), None)
+        if place is None:
+            return None
+        with path.open("rb") as file:
+            return _read_at(file, *place)
+
     def __getitem__(self, index: int) -> Record:
         path, key, members = self._entries[index]
         with path.open("rb") as file:
@@ -136,6 +150,7 @@ class RecordStore:
 def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Key -> field -> (offset, size), in the shard's order."""
     index: dict[str, dict[str, tuple[int, int]]] = {}
+    ignored: list[str] = []
     try:
         with tarfile.open(path, "r:") as tar:
             for count, member in enumerate(tar):
@@ -144,6 +159,9 @@ def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
                 if member.isdir():
                     continue
                 match = _MEMBER.match(member.name)
+                if member.isreg() and match is None and _HIDDEN_OR_UNREAD.match(member.name):
+                    ignored.append(member.name)
+                    continue
                 if not member.isreg() or match is None:
                     raise DataError(
                         f"{path} holds {member.name!r}; a shard holds plain files named KEY.TYPE or KEY.NAME.TYPE only"
@@ -157,6 +175,8 @@ def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is not a readable tar shard: {error}") from error
+    if ignored:
+        logger.warning("%s: ignored %d members of types that are not read; first: %r", path, len(ignored), ignored[0])
     return index
 
 
@@ -176,6 +196,9 @@ def _read_record(path: Path, key: str, fields: dict[str, bytes]) -> Record:
             raise TypeError(f"captions are a list of texts, not {captions!r:.80}")
         if "txt" in fields:
             captions = [*captions, fields["txt"].decode("utf-8").strip()]
+        if not captions and "cls" in fields:
+            label = fields["cls"].decode("utf-8").strip()
+            captions = [] if label.isdigit() or not label else [label.replace("_", " ")]  # a bare number says nothing
         sounds = {
             name.rpartition(".")[0] or "voice": data
             for name, data in fields.items()

@@ -16,12 +16,13 @@ from anygen.data.records import RecordStore
 from anygen.errors import DataError
 from anygen.files import publishing
 from anygen.seeding import borrowed_randomness, seed_of
-from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records, usage_in_batch, usage_of
+from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records
 from anygen.training.loop import LoopConfig, train
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.encodec import EncodecSize, TrainableEncodec, check_start
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
 from tokenizers_mm.spectral import mel_distance
+from tokenizers_mm.usage import usage_in_batch, usage_of
 from tokenizers_mm.weights import rounded
 
 

@@ -1,7 +1,8 @@
 """Stage `data`: sources to record shards, `train-00000.tar` and so on, one split a name.
 
 Every shard is made whole or not at all and is a pure function of the recipe, so a killed run goes on with the next
-shard. Unusable items are left out, counted and named; too many of them are an error.
+shard. Unusable items are left out, counted and named; a run stops only where a split has nothing else, or where more
+are unusable than `max_bad_share` allows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,8 @@ from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import Progress
 
 logger = logging.getLogger("anygen")
+MAX_REASONS, MAX_EXAMPLES = 10, 3
+_VARYING = re.compile(r"b'[^']*'|b\"[^\"]*\"|\d+")
 
 
 class DataConfig(StageConfig):
@@ -34,8 +38,8 @@ class DataConfig(StageConfig):
     sources: list[AnySource] = Field(min_length=1)
     """One or several sources, mixed in this order."""
     records_per_shard: int = Field(256, ge=1)
-    max_bad_share: float = Field(0.01, ge=0, le=1)
-    """Largest share of unusable items before the stage fails."""
+    max_bad_share: float = Field(1.0, ge=0, le=1)
+    """Largest share of unusable items before the stage fails; 1 goes on whatever is unusable."""
 
     def outside_inputs(self) -> Mapping[str, str]:
         """What the sources list."""
@@ -71,7 +75,7 @@ def main(config: DataConfig) -> StageResult:
             if len(bad) > config.max_bad_share * sum(len(i) for _, i in shards):
                 _remove_faulty([*outputs, path])
                 raise DataError(
-                    f"{len(bad)} items are unusable, above max_bad_share={config.max_bad_share}; first: {bad[0]}"
+                    f"{len(bad)} items are unusable, above max_bad_share={config.max_bad_share}: " + _reasons(bad)[0]
                 )
             if is_new:
                 stop.check(f"shards up to {name} are in {config.folder}")
@@ -80,8 +84,12 @@ def main(config: DataConfig) -> StageResult:
             counts[split] = counts.get(split, 0) + facts["items"] - len(facts["bad"])
             progress.advance(count=len(items))
     progress.close()
-    for fault in bad[:20]:
-        logger.warning("left out: %s", fault)
+    if bad:
+        logger.warning("left out %d of %d items:\n%s", len(bad), len(bad) + sum(counts.values()), _report(bad))
+    for split in ("train", "validation"):
+        if not counts[split]:
+            _remove_faulty(outputs)
+            raise DataError(f"every item of the split {split} is unusable; most often: {_reasons(bad)[0]}")
     metrics = {f"{split}_records": float(count) for split, count in counts.items()}
     return StageResult(config.folder, tuple(outputs), {**metrics, "bad_items": float(len(bad))})
 
@@ -109,6 +117,30 @@ def _make_shard(path: Path, items: list[tuple[Source, Any]], pool: ThreadPoolExe
     faults = [fault for fault in results if isinstance(fault, str)]
     write_json(path.with_suffix(".json"), {"items": len(items), "bad": faults})
     temporary.rename(path)
+
+
+def _report(bad: list[str]) -> str:
+    reasons = _reasons(bad)
+    more = [f"  and {len(reasons) - MAX_REASONS} other reasons"] if len(reasons) > MAX_REASONS else []
+    return "\n".join([*(f"  {reason}" for reason in reasons[:MAX_REASONS]), *more])
+
+
+def _reasons(bad: list[str]) -> list[str]:
+    """Faults (`name: reason`) counted by reason, the most frequent first; numbers and quoted bytes may differ.
+
+    >>> _reasons(["a.png: 3 x 0 pixels", "b.png: it is empty", "c.png: 0 x 9 pixels"])
+    ['2 x 3 x 0 pixels (a.png, c.png)', '1 x it is empty (b.png)']
+    """
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for fault in bad:
+        name, _, reason = fault.partition(": ")
+        groups.setdefault(_VARYING.sub("#", reason), []).append((name, reason))
+    ordered = sorted(groups.values(), key=len, reverse=True)
+    return [f"{len(group)} x {group[0][1]} ({_first_names([name for name, _ in group])})" for group in ordered]
+
+
+def _first_names(names: list[str]) -> str:
+    return ", ".join([*names[:MAX_EXAMPLES], *(["..."] if len(names) > MAX_EXAMPLES else [])])
 
 
 def _remove_faulty(shards: list[Path]) -> None:

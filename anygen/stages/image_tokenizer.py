@@ -1,34 +1,37 @@
 """Stage `image_tokenizer`: VQ-KD against the teacher, then a pixel head on the frozen codes.
 
-vqkd/    checkpoints and metrics of the first phase, pixels/ of the second, tokenizer/ the result
+vqkd/       checkpoints and metrics of the first phase, pixels/ of the second
+tokenizer/  the result: encoder, codebooks, pixel head
+features/   the decoder from codes to the teacher's features, for evaluation and for those who want features
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Literal, Self
 
-import torch
-import torch.nn.functional as F
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, model_validator
 
+from anygen.data.augmentation import AugmentationConfig
+from anygen.data.pictures import PictureSet
 from anygen.errors import ConfigError
-from anygen.files import publishing
+from anygen.files import publishing, sha256_of
 from anygen.seeding import borrowed_randomness, seed_of
-from anygen.stages.base import (
-    PictureSet,
-    Shuffled,
-    StageConfig,
-    StageResult,
-    open_records,
-    usage_in_batch,
-    usage_of,
+from anygen.stages.base import StageConfig, StageResult, open_records
+from anygen.stages.picture_phases import (
+    Distillation,
+    DistillationLoss,
+    Drawing,
+    DrawingLoss,
+    PictureBatches,
+    make_vqkd,
 )
 from anygen.training.loop import LoopConfig, train
 from tokenizers_mm.image import ImageTokenizer
-from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, pixel_loss
-from tokenizers_mm.teacher import VisionTeacher
-from tokenizers_mm.vqkd import VQKD, PictureEncoder, VQKDConfig
+from tokenizers_mm.patchgan import PatchGANConfig
+from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
+from tokenizers_mm.teacher import TeacherConfig, VisionTeacher
+from tokenizers_mm.vqkd import VQKDConfig
 
 
 class ImageTokenizerConfig(StageConfig):
@@ -37,201 +40,152 @@ class ImageTokenizerConfig(StageConfig):
     stage: Literal["image_tokenizer"] = "image_tokenizer"
     encoder: VQKDConfig = VQKDConfig()
     head: PixelHeadConfig = PixelHeadConfig()
-    shallow_layer: int = 1
-    """The teacher's layer whose features the codes must also hold (0 is the patch embedding)."""
-    deep_weight: float = 1.0
-    shallow_weight: float = 0.3
-    commitment_weight: float = 1.0
-    pixel_weight: float = 0.0
+    teacher: TeacherConfig = TeacherConfig()
+    """Without a path it is the one that stage `teacher` made; with both weights below at 0 there is none."""
+    deep_weight: float = Field(1.0, ge=0)
+    shallow_weight: float = Field(0.3, ge=0)
+    """What can be drawn must be in the codes: the shallow features hold colours and edges."""
+    commitment_weight: float = Field(1.0, ge=0)
+    pixel_weight: float = Field(0.0, ge=0)
     """Weight of drawing already while the codes form; 0 is VQ-KD alone."""
-    perceptual_weight: float = 0.0
+    head_start: Literal["new", "joint"] = "new"
+    """Where the second phase's pixel head starts: untrained, or from the one that drew while the codes formed."""
+    perceptual_weight: float = Field(0.0, ge=0)
     """Weight of the teacher's shallow features in the pixel head's loss."""
+    adversarial: PatchGANConfig = PatchGANConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
     batch_size: int = Field(64, ge=1)
+    steps_without_quantiser: int = Field(0, ge=0)
+    """First steps, in which the encoder learns to tell patches apart, so that the codebook starts on what it says."""
+    usage_window: int = Field(50, ge=1)
+    """Batches over which use of the codebook is watched."""
+    usage_alarm: float = Field(0.5, ge=0, le=1)
+    """Share of the codebook below which the run says that it collapses."""
     vqkd_loop: LoopConfig
     head_loop: LoopConfig
 
+    @property
+    def has_teacher(self) -> bool:
+        """False for codes of pixels alone."""
+        return self.deep_weight > 0 or self.shallow_weight > 0 or self.perceptual_weight > 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if not (self.deep_weight or self.shallow_weight or self.pixel_weight):
+            raise ValueError("nothing to learn from: one of deep_weight, shallow_weight, pixel_weight must be above 0")
+        if self.steps_without_quantiser >= self.vqkd_loop.steps:
+            raise ValueError(f"steps_without_quantiser={self.steps_without_quantiser} leaves no step with codes")
+        if self.head_start == "joint" and not self.pixel_weight:
+            raise ValueError("head_start: joint needs pixel_weight above 0, otherwise no head has been trained")
+        return self
+
+    def outside_inputs(self) -> Mapping[str, str]:
+        """The weights of a teacher that does not come from this run."""
+        if self.teacher.path is None or not self.has_teacher:
+            return {}
+        return {path.name: sha256_of(path) for path in sorted(self.teacher.path.glob("*.safetensors"))}
+
 
 def main(config: ImageTokenizerConfig) -> StageResult:
-    """Train both phases and save `tokenizer/`."""
-    encoder_config, head_config = config.encoder, config.head
-    teacher = VisionTeacher.from_pretrained(config.root / "teacher" / "model", shallow_layer=config.shallow_layer)
-    _check_teacher(teacher, encoder_config)
-    pictures = PictureSet(open_records(config.root, "train"), encoder_config.side_px)
-    held_out = PictureSet(open_records(config.root, "validation"), encoder_config.side_px)
+    """Train both phases; save `tokenizer/` and `features/`."""
+    teacher = open_teacher(config)
+    pictures = _pictures(config)
 
-    vqkd = _Distillation(config, teacher, pictures, held_out)
-    metrics = train(vqkd, config.vqkd_loop, config.folder / "vqkd", title="vqkd")
-    encoder = vqkd.losses.vqkd.encoder
+    losses = distillation_loss(config, teacher)
+    batches = _batches(config, pictures, config.vqkd_loop.seed, "vqkd")
+    distillation = Distillation(losses, batches, config.encoder)
+    metrics = train(distillation, config.vqkd_loop, config.folder / "vqkd", title="vqkd")
+    vqkd = losses.vqkd.cpu()
 
     with borrowed_randomness(seed_of(config.head_loop.seed, "head")):
-        head = PixelHead(head_config, code_dim=encoder_config.code_dim, patch_px=encoder_config.patch_px)
-    tokenizer = ImageTokenizer(encoder_config, encoder, head_config, head)
+        head = PixelHead(config.head, code_dim=config.encoder.code_dim, patch_px=config.encoder.patch_px)
+    if config.head_start == "joint" and vqkd.pixel_head is not None:
+        head.load_state_dict(vqkd.pixel_head.state_dict())
+    tokenizer = ImageTokenizer(config.encoder, vqkd.encoder, config.head, head)
     head.requires_grad_(True)
-    drawing = _Drawing(config, tokenizer, teacher, pictures, held_out)
+    drawing = Drawing(
+        drawing_loss(config, tokenizer, teacher), _batches(config, pictures, config.head_loop.seed, "head"), tokenizer
+    )
     metrics |= train(drawing, config.head_loop, config.folder / "pixels", title="pixel head")
 
+    outputs = [config.folder / "tokenizer"]
     with publishing(config.folder / "tokenizer") as folder:
         tokenizer.save(folder)
-    return StageResult(config.folder, (config.folder / "tokenizer",), metrics)
+    if config.deep_weight or config.shallow_weight:
+        outputs.append(config.folder / "features")
+        with publishing(config.folder / "features") as folder:
+            vqkd.features.save(folder)
+    return StageResult(config.folder, tuple(outputs), metrics)
 
 
-def _check_teacher(teacher: VisionTeacher, config: VQKDConfig) -> None:
-    if teacher.patch_px != config.patch_px:
+def open_teacher(config: ImageTokenizerConfig) -> VisionTeacher | None:
+    """The teacher of a recipe, from outside or from the run; None where no loss asks for one.
+
+    Raises:
+        ConfigError: no teacher there, or without the layer that is asked for.
+    """
+    if not config.has_teacher:
+        return None
+    path = config.teacher.path or config.root / "teacher" / "model"
+    if not path.is_dir():
         raise ConfigError(
-            f"the teacher's patches have {teacher.patch_px} px, encoder.patch_px is {config.patch_px}: make them equal"
+            f"there is no teacher in {path}: run the stage teacher first, or name a folder of transformers' layout "
+            "(CLIP, SigLIP, DINOv2, ...) in teacher.path"
         )
-    if not 0 <= teacher.shallow_layer <= teacher.num_layers:
-        raise ConfigError(f"shallow_layer={teacher.shallow_layer}: the teacher has layers 0 to {teacher.num_layers}")
+    return VisionTeacher.open(config.teacher.model_copy(update={"path": path}))
 
 
-class _DistillationLoss(nn.Module):
-    def __init__(self, config: ImageTokenizerConfig, vqkd: VQKD, teacher: VisionTeacher) -> None:
-        super().__init__()
-        self.vqkd = vqkd
-        self._teacher = [teacher]  # in a list: frozen, and no part of this module's state
-        self._config = config
-
-    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = self.vqkd(pixels_BCHW, self._teacher[0](pixels_BCHW))
-        config = self._config
-        loss = (
-            config.deep_weight * losses.deep
-            + config.shallow_weight * losses.shallow
-            + config.commitment_weight * losses.commitment
-            + config.pixel_weight * losses.pixels
-        )
-        report = {
-            "deep": losses.deep,
-            "shallow": losses.shallow,
-            "commitment": losses.commitment,
-            "pixels": losses.pixels,
-        }
-        return loss, {**report, "usage_batch": usage_in_batch(losses.codes_BN, config.encoder.codebook_size)}
-
-
-class _Pictures:
-    """Batches of pixels; the part that both phases share."""
-
-    def __init__(
-        self, teacher: VisionTeacher, pictures: PictureSet, held_out: PictureSet, batch_size: int, seed: int
-    ) -> None:
-        self._teacher, self._pictures, self._held_out = teacher, pictures, held_out
-        self._order = Shuffled(len(pictures), batch_size, seed=seed)
-
-    def to_device(self, batch: Any, device: torch.device) -> Any:
-        self._teacher.to(device)  # no part of the trained module, so nobody else moves it
-        return batch.to(device) if isinstance(batch, Tensor) else tuple(part.to(device) for part in batch)
-
-    def state(self) -> dict[str, Any]:
-        return {"position": self._order.position}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._order.position = int(state["position"])
+def distillation_loss(config: ImageTokenizerConfig, teacher: VisionTeacher | None) -> DistillationLoss:
+    """The first phase's module, untrained."""
+    distils = bool(config.deep_weight or config.shallow_weight)
+    vqkd = make_vqkd(
+        config.encoder,
+        config.head if config.pixel_weight else None,
+        teacher if distils else None,
+        batch_size=config.batch_size,
+        seed=seed_of(config.vqkd_loop.seed, "vqkd"),
+    )
+    weights = {
+        "deep": config.deep_weight,
+        "shallow": config.shallow_weight,
+        "commitment": config.commitment_weight,
+        "pixels": config.pixel_weight,
+    }
+    return DistillationLoss(
+        vqkd,
+        teacher if distils else None,
+        config.encoder,
+        weights=weights,
+        steps_without_quantiser=config.steps_without_quantiser,
+        usage_window=config.usage_window,
+        usage_alarm=config.usage_alarm,
+    )
 
 
-class _Distillation(_Pictures):
-    def __init__(
-        self,
-        config: ImageTokenizerConfig,
-        teacher: VisionTeacher,
-        pictures: PictureSet,
-        held_out: PictureSet,
-    ) -> None:
-        super().__init__(teacher, pictures, held_out, config.batch_size, seed_of(config.vqkd_loop.seed, "vqkd"))
-        encoder_config = config.encoder
-        patches = (encoder_config.side_px // encoder_config.patch_px) ** 2
-        with borrowed_randomness(seed_of(config.vqkd_loop.seed, "vqkd")):
-            head = PixelHead(config.head, code_dim=encoder_config.code_dim, patch_px=encoder_config.patch_px)
-            vqkd = VQKD(
-                encoder_config,
-                teacher_width=teacher.width,
-                tokens_per_batch=config.batch_size * patches,
-                pixel_head=head if config.pixel_weight else None,
-            )
-        self.losses = _DistillationLoss(config, vqkd, teacher)
-        self.module: nn.Module = self.losses
-        self._codebook_size = encoder_config.codebook_size
-
-    def next_batch(self) -> Tensor:
-        return self._pictures.pixels(self._order.next())
-
-    def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
-        self._teacher.to(device)
-        codes = encode_all(self.losses.vqkd.encoder, self._held_out, device)
-        usage, perplexity = usage_of(codes, self._codebook_size)
-        deep = [self.losses.vqkd(p, self._teacher(p)).deep for p in _batches(self._held_out, device)]
-        return {"usage": usage, "perplexity": perplexity, "deep": float(torch.stack(deep).mean())}
-
-    def compile(self) -> None:
-        for block in self.losses.vqkd.encoder.encoder.transformer.blocks:
-            block.compile()
-
-
-class _DrawingLoss(nn.Module):
-    def __init__(
-        self, head: PixelHead, grid_hw: tuple[int, int], teacher: VisionTeacher, perceptual_weight: float
-    ) -> None:
-        super().__init__()
-        self.head = head
-        self._grid_hw, self._teacher, self._perceptual_weight = grid_hw, [teacher], perceptual_weight
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        vectors_BNX, pixels_BCHW = batch
-        drawn_BCHW = self.head(vectors_BNX, self._grid_hw).float()
-        loss = pixel_loss(drawn_BCHW, pixels_BCHW)
-        report = {"mse": F.mse_loss(drawn_BCHW, pixels_BCHW)}
-        if self._perceptual_weight:
-            teacher = self._teacher[0]
-            target = teacher(pixels_BCHW).shallow_BND
-            perceptual = F.mse_loss(teacher.differentiable(drawn_BCHW), target)
-            loss = loss + self._perceptual_weight * perceptual
-            report["perceptual"] = perceptual
-        return loss, report
-
-
-class _Drawing(_Pictures):
-    def __init__(
-        self,
-        config: ImageTokenizerConfig,
-        tokenizer: ImageTokenizer,
-        teacher: VisionTeacher,
-        pictures: PictureSet,
-        held_out: PictureSet,
-    ) -> None:
-        super().__init__(teacher, pictures, held_out, config.batch_size, seed_of(config.head_loop.seed, "head"))
-        self._tokenizer = tokenizer
-        self._codes = encode_all(tokenizer.encoder, pictures, torch.device("cpu"))
-        self.module: nn.Module = _DrawingLoss(
-            tokenizer.pixel_head, tokenizer.grid_hw, teacher, config.perceptual_weight
+def drawing_loss(config: ImageTokenizerConfig, tokenizer: ImageTokenizer, teacher: VisionTeacher | None) -> DrawingLoss:
+    """The second phase's module."""
+    with borrowed_randomness(seed_of(config.head_loop.seed, "gan")):
+        return DrawingLoss(
+            tokenizer.pixel_head,
+            tokenizer.grid_hw,
+            teacher if config.perceptual_weight else None,
+            perceptual_weight=config.perceptual_weight,
+            gan=config.adversarial,
+            gan_start=round(config.adversarial.start_share * config.head_loop.steps),
         )
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        items = self._order.next()
-        return self._tokenizer.encoder.codebook_KX.cpu()[self._codes[items]], self._pictures.pixels(items)
 
-    def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
-        self._tokenizer.encoder.to(device)
-        self._teacher.to(device)
-        errors = []
-        for pixels in _batches(self._held_out, device):
-            codes = self._tokenizer.encoder(pixels)[1]
-            vectors = self._tokenizer.encoder.codebook_KX[codes]
-            drawn = self._tokenizer.pixel_head(vectors, self._tokenizer.grid_hw).float().clamp(0, 1)
-            errors.append((drawn - pixels).square().flatten(1).mean(1))
-        return {"psnr_db": float(-10 * torch.cat(errors).log10().mean())}
-
-    def compile(self) -> None:
-        for block in self._tokenizer.pixel_head.transformer.blocks:
-            block.compile()
+def _pictures(config: ImageTokenizerConfig) -> tuple[PictureSet, PictureSet]:
+    """Training and held-out pictures."""
+    train_set, held_out = (
+        PictureSet(open_records(config.root, split), config.encoder.side_px) for split in ("train", "validation")
+    )
+    return train_set, held_out
 
 
-def encode_all(encoder: PictureEncoder, pictures: PictureSet, device: torch.device) -> Tensor:
-    """Codes of every picture, in order."""
-    encoder = encoder.eval().to(device)
-    with torch.no_grad():
-        return torch.cat([encoder(pixels)[1].cpu() for pixels in _batches(pictures, device)])
-
-
-def _batches(pictures: PictureSet, device: torch.device, size: int = 128) -> Any:
-    for start in range(0, len(pictures), size):
-        yield pictures.pixels(list(range(start, min(start + size, len(pictures))))).to(device)
+def _batches(
+    config: ImageTokenizerConfig, pictures: tuple[PictureSet, PictureSet], seed: int, phase: str
+) -> PictureBatches:
+    return PictureBatches(
+        *pictures, batch_size=config.batch_size, augmentation=config.augmentation, seed=seed_of(seed, phase)
+    )

@@ -46,6 +46,8 @@ STAGES: dict[str, Stage] = {
     "gallery": Stage("GalleryConfig", ("bundle",)),
 }
 """Every stage, in the order in which a family runs them."""
+OPTIONAL = ("teacher", "image_tokenizer", "audio_tokenizer")
+"""A teacher may come from elsewhere, and a run may do without pictures or without sound."""
 
 
 def load_recipe(
@@ -140,7 +142,7 @@ def _identity(config: StageConfig) -> str:
         path = config.root / need / STAGE_JSON
         if path.exists():
             inputs[need] = read_json(path)["identity"]
-        elif need not in ("image_tokenizer", "audio_tokenizer"):  # a run may do without pictures or without sound
+        elif need not in OPTIONAL:
             raise ConfigError(f"stage {config.stage} reads stage {need}, which has not been run in {config.root}")
     facts = {"config": config.model_dump(mode="json", exclude={"root"}), "inputs": inputs}
     outside = config.outside_inputs()

@@ -94,8 +94,10 @@ def _encode_pictures(records: list[Record], image: ImageTokenizer | None) -> lis
     if not places or image is None:
         return codes
     side = image.config.side_px
-    loaded = [load_picture(picture) for place in places if (picture := records[place].picture) is not None]
-    codes_BN = image.encode_pixels(torch.stack([to_pixels(square(picture, side)) for picture in loaded]))
-    for place, codes_N in zip(places, codes_BN, strict=True):
-        codes[place] = Codes(codes_N.numpy()[None], "image", image.grid_hw)
+    loaded = [
+        load_picture(picture, max_side_px=side) for place in places if (picture := records[place].picture) is not None
+    ]
+    encoded = image.encode_pixels(torch.stack([to_pixels(square(picture, side)) for picture in loaded]))
+    for place, found in zip(places, encoded, strict=True):
+        codes[place] = Codes(found.reshape(image.num_codebooks, -1).numpy(), "image", image.grid_hw)
     return codes

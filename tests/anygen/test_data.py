@@ -83,7 +83,7 @@ def test_bad_items_are_counted_again_after_a_restart(tmp_path: Path) -> None:
     bad = [n for n in names if split_by_key(n) == "train"][:3]
     source = FolderSource(path=folder_of(tmp_path / "d", [{"file_name": n, "text": n} for n in (good, *bad)]))
     (tmp_path / "d" / good).write_bytes(PNG)
-    config = DataConfig(root=tmp_path / "a", sources=[source], records_per_shard=1)
+    config = DataConfig(root=tmp_path / "a", sources=[source], records_per_shard=1, max_bad_share=0.5)
     for _ in range(2):  # the second time some bad shards lie there already
         with pytest.raises(DataError, match="items are unusable"):
             make_data(config)
@@ -110,14 +110,38 @@ def evil_tar(path: Path, name: str, kind: bytes = tarfile.REGTYPE, link: str = "
         ("x.png", tarfile.LNKTYPE),
         ("x.png", tarfile.CHRTYPE),
         ("x.png", tarfile.FIFOTYPE),
-        ("x.pyd", tarfile.REGTYPE),
-        ("x.pkl", tarfile.REGTYPE),
+        ("..", tarfile.REGTYPE),
+        ("./../x.npy", tarfile.REGTYPE),
+        ("a/b.npy", tarfile.REGTYPE),
+        ("x.npy", tarfile.SYMTYPE),
         ("x", tarfile.REGTYPE),
     ],
 )
 def test_members_that_no_shard_has_are_refused(tmp_path: Path, name: str, kind: bytes) -> None:
     with pytest.raises(DataError, match="plain files"):
         RecordStore([evil_tar(tmp_path / "e.tar", name, kind, "/etc/passwd")])
+
+
+def tar_of(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_members_of_other_types_are_ignored_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shard = tar_of(tmp_path / "w.tar", {"0.png": PNG, "0.npy": b"x", "0.seg.pth": b"x", ".nfs1": b"x", "1.npy": b"x"})
+    assert list(RecordStore([shard])) == [Record("0", picture=PNG)], "a key with nothing to read is no record"
+    (warning,) = caplog.messages
+    assert "ignored 4 members" in warning and "'0.npy'" in warning
+
+
+def test_a_class_is_the_caption_where_there_is_no_other(tmp_path: Path) -> None:
+    classes = {"0.cls": b"great_tit\n", "1.cls": b"7", "2.cls": b"bird", "2.txt": b"a tit"}
+    shard = tar_of(tmp_path / "w.tar", classes)
+    assert [record.captions for record in RecordStore([shard])] == [("great tit",), (), ("a tit",)]
 
 
 def test_mutated_shards_are_typed_errors(tmp_path: Path) -> None:
@@ -157,8 +181,13 @@ def test_the_folder_source_reads_pictures_and_sounds_and_counts_bad_items(tmp_pa
         {"file_name": "../../etc/passwd", "text": "x"},
         {"file_name": "notes.doc", "text": "x"},
     ]
+    names = [f"{i}.png" for i in range(99)]
+    good = [next(n for n in names if split_by_key(n) == split) for split in ("train", "validation")]
+    rows += [{"file_name": name, "text": "a cat"} for name in good]
     source = FolderSource(path=folder_of(tmp_path / "d", rows), held_out_field="speaker", held_out_value="bob")
-    config = DataConfig(root=tmp_path / "run", sources=[source], max_bad_share=0.9)
+    for name in good:
+        (tmp_path / "d" / name).write_bytes(PNG)
+    config = DataConfig(root=tmp_path / "run", sources=[source])
     result = make_data(config)
     assert result.metrics["bad_items"] == 4
     assert result.metrics["train_records"] + result.metrics.get("unheard_records", 0) <= len(rows) - 4
@@ -182,8 +211,145 @@ def test_broken_metadata_names_the_line(tmp_path: Path, line: str) -> None:
         file.write(line + "\n")
     with pytest.raises(DataError, match="line 2"):
         FolderSource(path=root).open()
-    with pytest.raises(DataError, match=r"needs a metadata\.jsonl"):
+    with pytest.raises(DataError, match=r"nowhere is not a folder; expected one with pictures or a metadata\.jsonl"):
         FolderSource(path=tmp_path / "nowhere").open()
+
+
+def test_what_was_left_out_is_counted_by_reason_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = [f"n{i}.png" for i in range(60)]
+    folder = folder_of(tmp_path / "d", [{"file_name": name, "text": "x"} for name in names])
+    for name in names[5:]:
+        (folder / name).write_bytes(PNG)
+    for name in names[5:8]:
+        (folder / name).write_text("notes")
+    result = make_data(DataConfig(root=tmp_path / "a", sources=[FolderSource(path=folder)]))
+    assert result.metrics["bad_items"] == 8
+    (message,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    first, *reasons = message.splitlines()
+    assert first == "left out 8 of 60 items:"
+    assert reasons[0].startswith("  5 x cannot read the picture: No such file") and reasons[0].endswith(", ...)")
+    assert reasons[1].startswith("  3 x it is not a readable picture")
+    assert all(name in message for name in names[5:8]), "examples are named"
+
+
+def test_a_split_of_nothing_but_bad_items_stops_the_run_until_it_is_repaired(tmp_path: Path) -> None:
+    names = [f"n{i}.png" for i in range(40)]
+    folder = folder_of(tmp_path / "d", [{"file_name": name, "text": "x"} for name in names])
+    held_out = [name for name in names if split_by_key(name) == "validation"]
+    for name in set(names) - set(held_out):
+        (folder / name).write_bytes(PNG)
+    config = DataConfig(root=tmp_path / "a", sources=[FolderSource(path=folder)])
+    with pytest.raises(DataError, match=rf"every item of the split validation is unusable.*{held_out[0]}"):
+        make_data(config)
+    (folder / held_out[0]).write_bytes(PNG)
+    assert make_data(config).metrics["validation_records"] == 1
+
+
+def test_a_broken_picture_in_a_tar_is_named_and_left_out(tmp_path: Path) -> None:
+    records = [Record(f"k{i}", captions=("a cat",), picture=PNG[:-20] if i == 7 else PNG) for i in range(60)]
+    write_shard(tmp_path / "w.tar", records)
+    result = make_data(DataConfig(root=tmp_path / "a", sources=[WebDatasetSource(path=tmp_path / "w.tar")]))
+    assert result.metrics["bad_items"] == 1
+    faults = [f for path in result.outputs for f in json.loads(path.with_suffix(".json").read_text())["bad"]]
+    assert len(faults) == 1 and faults[0].startswith("k7: the picture is not a readable picture")
+
+
+# -- plain folders
+
+
+def tree_of(root: Path) -> Path:
+    ending = {"JPEG": "JPG", "BMP": "bmp", "GIF": "gif", "WEBP": "webp", "PNG": "png"}
+    for number, (kind, suffix) in enumerate(ending.items()):
+        folder = root / ("great_tit" if number % 2 else "great_tit/nest")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 20), "red").save(folder / f"{number}.{suffix}", kind)
+    (root / "loose.png").write_bytes(PNG)
+    (root / "notes.txt").write_text("notes")
+    (root / "great_tit" / "hi.flac").write_bytes(FLAC)
+    for hidden in (".secret.png", ".cache/x.png"):
+        (root / hidden).parent.mkdir(exist_ok=True)
+        (root / hidden).write_bytes(PNG)
+    return root
+
+
+def items_of(source: FolderSource) -> list[Any]:
+    return [item for items in source.open().items().values() for item in items]
+
+
+def test_a_plain_folder_gives_its_pictures_with_their_class_as_caption(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = FolderSource(path=tree_of(tmp_path / "d"), picture_side_px=10)
+    opened = source.open()
+    (warning,) = caplog.messages
+    assert "ignored 2 files that are no pictures" in warning
+    for split, rows in opened.items().items():
+        assert rows == sorted(rows, key=lambda row: row["file_name"])
+        assert all(split_by_key(row["file_name"]) == split for row in rows)
+    rows = items_of(source)
+    captions = {row["file_name"]: opened.record(row).captions for row in rows}
+    classed = {"great_tit/1.bmp", "great_tit/3.webp", *(f"great_tit/nest/{n}" for n in ("0.JPG", "2.gif", "4.png"))}
+    assert captions == {**{name: ("great tit",) for name in classed}, "loose.png": ()}
+    for row in rows:
+        picture = Image.open(io.BytesIO(opened.record(row).picture or b""))
+        assert picture.size == ((4, 4) if row["file_name"] == "loose.png" else (10, 5))
+    assert len({opened.record(row).key for row in rows}) == 6
+
+
+def test_metadata_decides_alone_where_there_is_one(tmp_path: Path) -> None:
+    root = tree_of(tmp_path / "d")
+    (root / "metadata.jsonl").write_text(json.dumps({"file_name": "loose.png", "text": "a cat"}))
+    assert [row["file_name"] for row in items_of(FolderSource(path=root))] == ["loose.png"]
+
+
+def test_a_plain_folder_is_listed_by_names_and_sizes(tmp_path: Path) -> None:
+    source = FolderSource(path=tree_of(tmp_path / "d"))
+    listings = [source.listing()]
+    (source.path / ".hidden.png").write_bytes(PNG)
+    (source.path / "more.txt").write_text("notes")
+    assert source.listing() == listings[0], "only what is read counts"
+    for change in (
+        lambda: (source.path / "new.png").write_bytes(PNG),
+        lambda: (source.path / "new.png").write_bytes(PNG + b"x"),
+        lambda: (source.path / "new.png").rename(source.path / "old.png"),
+    ):
+        change()
+        listings.append(source.listing())
+    assert len(set(listings)) == 4 and None not in listings
+    assert FolderSource(path=tmp_path / "nowhere").listing() is None
+
+
+def test_links_out_of_a_plain_folder_are_refused(tmp_path: Path) -> None:
+    root = tree_of(tmp_path / "d")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "private.png").write_bytes(PNG)
+    (root / "link.png").symlink_to(tmp_path / "out" / "private.png")
+    (root / "folder").symlink_to(tmp_path / "out")
+    (root / "circle.png").symlink_to("circle.png")
+    source = FolderSource(path=root)
+    rows = {row["file_name"]: row for row in items_of(source)}
+    assert "folder/private.png" not in rows
+    with pytest.raises(DataError, match=r"link\.png: it leads outside its folder"):
+        source.open().record(rows["link.png"])
+    with pytest.raises(AnyGenError, match=r"circle\.png: "):
+        source.open().record(rows["circle.png"])
+
+
+def test_a_folder_without_pictures_says_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(DataError, match=r"holds no pictures \(png, .*\) and no metadata\.jsonl; put pictures there"):
+        FolderSource(path=tmp_path).open()
+
+
+def test_large_photographs_are_shrunk_to_the_same_picture(tmp_path: Path) -> None:
+    wave = np.sin(np.arange(800) / 40)[:, None] * np.cos(np.arange(640) / 30)[None]
+    picture = Image.fromarray(((np.stack([wave, -wave, wave * 0.5], -1) + 1) * 127.5).astype(np.uint8))
+    picture.save(tmp_path / "a.jpg", quality=95)
+    picture.save(tmp_path / "b.png")
+    source = FolderSource(path=tmp_path, picture_side_px=50)
+    small = [Image.open(io.BytesIO(source.open().record(row).picture or b"")) for row in items_of(source)]
+    assert [p.size for p in small] == [(40, 50)] * 2
+    assert np.abs(np.subtract(*(np.asarray(p, dtype=float) for p in small))).mean() < 2
 
 
 def test_metadata_of_windows_and_without_a_caption(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -153,6 +154,44 @@ def test_vectors_are_not_decayed() -> None:
         (0.3, [2, 2]),
         (0.0, [1, 1]),
     ]
+
+
+def test_muon_takes_the_matrices_of_blocks_and_resumes_exactly() -> None:
+    def steps(module: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            module(torch.eye(4)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.blocks = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks[0](self.embed(x))
+
+    def fresh() -> tuple[Blocks, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = Blocks()
+        return module, make_optimizer(module, OptimizerConfig(kind="muon", lr=1e-2, muon_lr_ratio=3.0))
+
+    module, optimizer = fresh()
+    muon, decayed, vectors = optimizer.param_groups
+    assert [p.shape for p in muon["params"]] == [(4, 4)] and muon["lr_ratio"] == 3.0
+    assert len(decayed["params"]) == 1 and len(vectors["params"]) == 2
+    before = module.blocks[0].weight.detach().clone()
+    steps(module, optimizer, 1)
+    singular = torch.linalg.svdvals(module.blocks[0].weight.detach() - before * (1 - 3e-2 * 0.1))
+    assert singular.max() < 2.5 * singular[singular > 1e-4].min(), "an update turns all its directions alike"
+    steps(module, optimizer, 1)
+    saved = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+    steps(module, optimizer, 2)
+    other, again = fresh()
+    other.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    steps(other, again, 2)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
 
 
 def test_seeds_depend_on_every_part() -> None:

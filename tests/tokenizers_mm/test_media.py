@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 
 from tokenizers_mm.errors import InputError
 from tokenizers_mm.media import Audio, load_picture, load_sound
+from tokenizers_mm.picture_files import orientation_of
 
 RANDOM = np.random.default_rng(0)
 
@@ -43,18 +45,24 @@ def test_every_way_to_pass_a_picture_gives_the_same_pixels(tmp_path: Path) -> No
         assert np.array_equal(np.asarray(load_picture(source)), PIXELS)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(orientation: int) -> None:
+def test_exif_orientation_is_undone(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = load_picture(encoded(PICTURE, "PNG", exif=exif))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(PICTURE, kind, exif=exif, **options)
+    turned = load_picture(data)
     transposes = {
         1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_90,
     }  # fmt: skip
-    expected = PICTURE if transposes[orientation] is None else PICTURE.transpose(transposes[orientation])
+    plain = Image.open(io.BytesIO(data)).convert("RGB")
+    expected = plain if transposes[orientation] is None else plain.transpose(transposes[orientation])
     assert np.array_equal(np.asarray(turned), np.asarray(expected))
+    assert load_picture(turned).size == turned.size, "it is not turned a second time"
+    assert np.array_equal(np.asarray(load_picture(Image.open(io.BytesIO(data)))), np.asarray(expected))
 
 
 def test_transparency_is_over_white_and_odd_modes_become_rgb() -> None:
@@ -93,11 +101,174 @@ def test_animations_give_their_first_frame() -> None:
     assert np.asarray(load_picture(buffer.getvalue()))[0, 0].tolist() == [255, 0, 0]
 
 
+def test_only_the_first_frame_is_looked_at() -> None:
+    frames = [Image.fromarray(RANDOM.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(5)]
+    for kind, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True})):
+        data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        first = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert np.array_equal(np.asarray(load_picture(data)), first)
+        broken = data[: -len(data) // 3] + bytes(len(data) // 3 + 1)  # in the last frames
+        assert np.array_equal(np.asarray(load_picture(broken if kind != "WEBP" else data)), first)
+
+
+def test_cmyk_photographs_have_their_colours() -> None:
+    colours = {
+        (0, 255, 255, 0): (255, 0, 0),
+        (255, 255, 0, 0): (0, 0, 255),
+        (0, 0, 0, 0): (255,) * 3,
+        (0, 0, 0, 255): (0,) * 3,
+    }
+    for ink, light in colours.items():
+        data = encoded(Image.new("CMYK", (16, 16), ink), "JPEG", quality=95)
+        assert b"Adobe" in data, "Adobe's marker: the inks are stored inverted"
+        assert np.abs(np.asarray(load_picture(data), dtype=int) - light).max() <= 3
+
+
+def test_adobes_marker_decides_how_inks_are_stored() -> None:
+    inks = Image.fromarray(RANDOM.integers(0, 256, (2, 2, 4), dtype=np.uint8), "CMYK").resize((32, 32))
+    plain = bytearray(encoded(inks, "JPEG"))
+    plain[plain.index(b"Adobe") + 11] = 2  # now the same numbers are luma, two colours and key
+    seen, expected = load_picture(bytes(plain)), Image.open(io.BytesIO(plain)).convert("RGB")
+    assert np.array_equal(np.asarray(seen), np.asarray(expected))
+    assert not np.array_equal(np.asarray(seen), np.asarray(load_picture(encoded(inks, "JPEG"))))
+
+
+def test_a_comment_does_not_hide_what_is_transparent_in_a_gif() -> None:
+    data = encoded(Image.new("P", (3, 3), 1), "GIF", transparency=1)
+    place = data.index(b"!\xf9") + 8  # behind the graphic control
+    for gif in (data, data[:place] + b"!\xfe\x03abc\0" + data[place:]):
+        assert np.asarray(load_picture(gif)).min() == 255
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_with(*chunks: bytes) -> bytes:
+    """PICTURE with chunks behind its header."""
+    data = encoded(PICTURE, "PNG")
+    return data[:33] + b"".join(chunks) + data[33:]
+
+
+def test_sixteen_bits_are_scaled_by_what_white_is() -> None:
+    dark = Image.fromarray(np.array([[0, 128, 255]], np.uint16))
+    assert np.asarray(load_picture(encoded(dark, "PNG"))).max() == 1, "255 of 65,535 is nearly black"
+    rows = b"\0" + struct.pack(">6H", 0, 0x8000, 0xFFFF, 0x1234, 0, 0xFF00)
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert np.asarray(load_picture(data)).tolist() == [[[0, 128, 255], [18, 0, 255]]]
+
+
+def test_strips_join_without_a_seam() -> None:
+    tall = Image.fromarray(RANDOM.integers(0, 256, (3000, 500, 4), dtype=np.uint8))
+    over_white = Image.new("RGBA", tall.size, "white")
+    over_white.alpha_composite(tall)
+    assert np.array_equal(np.asarray(load_picture(tall)), np.asarray(over_white.convert("RGB")))
+
+
+def test_large_photographs_may_come_smaller_but_not_too_small() -> None:
+    photo = Image.fromarray(RANDOM.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((1600, 1200))
+    data = encoded(photo, "JPEG")
+    sizes = {side: load_picture(data, max_side_px=side).size for side in (1, 150, 200, 201, 401, 801, 1600, 9999)}
+    assert sizes == {
+        1: (200, 150), 150: (200, 150), 200: (200, 150), 201: (400, 300), 401: (800, 600), 801: (1600, 1200),
+        1600: (1600, 1200), 9999: (1600, 1200),
+    }  # fmt: skip
+    small, expected = load_picture(data, max_side_px=200), photo.resize((200, 150), Image.Resampling.BOX)
+    assert np.abs(np.asarray(small, dtype=float) - np.asarray(expected)).mean() < 3
+    for other in (photo, encoded(photo, "PNG"), np.asarray(photo)):
+        assert load_picture(other, max_side_px=100).size == photo.size
+    lazy = Image.open(io.BytesIO(data))
+    assert load_picture(lazy, max_side_px=100).size == lazy.size == photo.size, "the user's picture stays as it is"
+
+
+def exif_bomb() -> bytes:
+    """A directory of 60,000 tags that all point to the same 20 MB."""
+    tags = b"".join(struct.pack("<HHII", 0x9000 + i % 1000, 7, 20_000_000, 8) for i in range(60_000))
+    return b"II*\0" + struct.pack("<IH", 8, 60_000) + tags + bytes(20_000_000)
+
+
+def jpeg_with(*segments: tuple[int, bytes]) -> bytes:
+    data = encoded(PICTURE, "JPEG")
+    between = b"".join(struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body for marker, body in segments)
+    return data[:2] + between + data[2:]
+
+
+def gif_with_comment(block: bytes, count: int) -> bytes:
+    data = encoded(PICTURE.convert("P"), "GIF")
+    place = 13 + (3 << (data[10] & 7) + 1)
+    return data[:place] + b"!\xfe" + (bytes([len(block)]) + block) * count + b"\0" + data[place:]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: png_with(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**8)))),
+        lambda: png_with(chunk(b"iTXt", b"a\0\1\0\0\0" + zlib.compress(bytes(10**8)))),
+        lambda: png_with(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(10**8)))),
+        lambda: png_with(chunk(b"eXIf", exif_bomb())),
+        lambda: png_with(*[chunk(b"tEXt", b"a\0b")] * 10_000),
+        lambda: jpeg_with(*[(0xE1, b"Exif\0\0" + exif_bomb()[:60_000])] * 400),
+        lambda: jpeg_with(*[(0xE1, b"Exif\0\0" + b"x" * 50)] * 19_000),
+        lambda: jpeg_with(*[(0xFE, bytes(60_000))] * 400),
+        lambda: jpeg_with((0xE2, b"MPF\0" + bytes(100)), (0xED, b"Photoshop 3.0\0" + b"8BIM" * 9000)),
+        lambda: gif_with_comment(bytes(255), 100_000),
+    ],
+)  # fmt: skip
+def test_what_stands_beside_the_pixels_costs_nothing(make: Any) -> None:
+    data = make()
+    assert len(data) <= 25 * 2**20
+    begin = time.process_time()
+    assert load_picture(data).size == PICTURE.size
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: png_with(*[chunk(b"tEXt", b"")] * 20_001), "cut into more than 20,000 parts"),
+        (lambda: jpeg_with(*[(0xFE, b"")] * 20_001), "cut into more than 20,000 parts"),
+        (lambda: b"\xff\xd8" + b"\xff" * 10**7, "cut into more than 20,000 parts"),
+        (lambda: gif_with_comment(b"x", 10**6), "cut into more than 200,000 parts"),
+        (lambda: b"RIFF\0\0\0\0WEBP" + bytes(10**6), "cut into more than 20,000 parts"),
+        (lambda: jpeg_with() + b"\xff\xda" * 24, "more than 24 scans"),
+        (lambda: jpeg_with((0xC9, bytes(9))), "arithmetic-coded or lossless JPEG"),
+        (lambda: b"BM" + bytes(12) + struct.pack("<IiiHHI", 40, 5, 5, 1, 8, 1) + bytes(99), "run-length coded BMP"),
+        (lambda: encoded(Image.new("CMYK", (5000, 4100)), "JPEG"), "1 to 20,000,000 pixels"),
+        (lambda: encoded(Image.new("RGB", (4000, 3200)), "WEBP"), "1 to 12,500,000 pixels"),
+        (lambda: encoded(Image.new("1", (5001, 5001)), "PNG"), "1 to 25,000,000 pixels"),
+    ],
+)  # fmt: skip
+def test_files_that_would_cost_too_much_are_refused(make: Any, match: str) -> None:
+    data = make()
+    begin = time.process_time()
+    with pytest.raises(InputError, match=match):
+        load_picture(data)
+    assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_orientation_is_read_from_whole_and_broken_exif(order: str) -> None:
+    def exif(tag: int = 0x0112, kind: int = 3, value: int = 6, start: int = 8) -> bytes:
+        head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, start)
+        return head + struct.pack(f"{order}HHHIHH", 1, tag, kind, 1, value, 0)
+
+    assert orientation_of(exif()) == orientation_of(b"Exif\0\0" + exif()) == 6
+    for broken in (
+        exif(value=9),
+        exif(value=0),
+        exif(kind=4),
+        exif(tag=0x0113),
+        exif(start=2**31),
+        exif()[:16],
+        b"",
+        b"XX",
+    ):
+        assert orientation_of(broken) == 1
+
+
 def bomb(width: int, height: int) -> bytes:
     """A small PNG that claims many pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = zlib.compress(bytes(min(width, 10**6) + 1) * 3)

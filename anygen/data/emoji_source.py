@@ -1,0 +1,89 @@
+"""The emoji world as a source: every emoji of the font drawn, captioned and spoken, and scenes of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from anygen.data.emoji_names import captions
+from anygen.data.emoji_pictures import Emoji, EmojiFont, on_white
+from anygen.data.records import Record, Utterance
+from anygen.data.scenes import is_countable, make_scene
+from anygen.data.source import Items, Source, SourceConfig, SplitName, flac_of, png_of
+from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak
+from anygen.errors import ConfigError
+
+
+class EmojiSource(SourceConfig):
+    """The emoji world: every emoji of the font drawn, captioned and spoken, and scenes of them."""
+
+    kind: Literal["emoji"] = "emoji"
+    side_px: int = Field(64, ge=8, le=1024)
+    voices: tuple[str, ...] = ("awb", "kal", "kal16", "slt", "espeak:en-us", "espeak:en-gb+f3")
+    """Voices in every split; flite voices or espeak:LANGUAGE+VARIANT."""
+    unheard_voices: tuple[str, ...] = (HELD_OUT_VOICE,)
+    """Voices of the split `unheard` only."""
+    num_scenes: int = Field(0, ge=0)
+    """Scenes in all; every 20th goes to validation, every 20th to test."""
+    max_emoji: int | None = Field(None, ge=1)
+    """Take only this many emoji, spread over the whole list; None takes all."""
+    seed: int = 0
+
+    def open(self) -> Source:
+        """The source itself."""
+        if shared := {HELD_OUT_VOICE, *self.unheard_voices} & set(self.voices):
+            raise ConfigError(f"voice {min(shared)!r} is held out for evaluation; take it out of `voices`")
+        return _EmojiWorld(self)
+
+
+@dataclass(frozen=True)
+class _Spoken:
+    """An emoji and the voices that speak it in one split."""
+
+    emoji: Emoji
+    voices: tuple[str, ...]
+
+
+class _EmojiWorld:
+    def __init__(self, config: EmojiSource) -> None:
+        check_voices((*config.voices, *config.unheard_voices))
+        self.config = config
+        self.font = EmojiFont()
+        catalogue = self.font.catalogue()
+        self.things = [emoji for emoji in catalogue if is_countable(emoji)]
+        if config.max_emoji is not None and config.max_emoji < len(catalogue):
+            chosen = np.linspace(0, len(catalogue) - 1, config.max_emoji).round().astype(int)
+            catalogue = [catalogue[i] for i in chosen]
+        self.catalogue = catalogue
+
+    def items(self) -> Items:
+        items: Items = {"train": [], "validation": [], "test": [], "unheard": []}
+        for emoji in self.catalogue:
+            items[emoji.split].append(_Spoken(emoji, self.config.voices))
+            items["unheard"].append(_Spoken(emoji, self.config.unheard_voices))
+        for index in range(self.config.num_scenes):
+            split: SplitName = {0: "test", 1: "validation"}.get(index % 20, "train")  # type: ignore[assignment]
+            items[split].append(index)
+        return items
+
+    def record(self, item: _Spoken | int) -> Record:
+        return self._scene(item) if isinstance(item, int) else self._emoji(item)
+
+    def _emoji(self, item: _Spoken) -> Record:
+        emoji, utterances = item.emoji, []
+        for voice in item.voices:
+            text = emoji.words_of(voice)
+            utterances.append(Utterance(text, voice, flac_of(speak(text, voice))))
+        picture = png_of(on_white(self.font.draw(emoji.char, self.config.side_px)))
+        return Record(emoji.key, "emoji", captions(emoji.parts), picture, tuple(utterances))
+
+    def _scene(self, index: int) -> Record:
+        generator = np.random.default_rng([self.config.seed, index])
+        scene = make_scene(self.things, self.font, side_px=self.config.side_px, generator=generator)
+        objects = tuple((placed.name, placed.box) for placed in scene.objects)
+        return Record(
+            f"scene-{index:07d}", "scene", scene.captions, png_of(scene.picture), (), objects, scene.questions
+        )

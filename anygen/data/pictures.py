@@ -1,0 +1,49 @@
+"""Pictures of a record store as batches of pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anygen.data.records import RecordStore
+from anygen.errors import DataError
+from tokenizers_mm.image import square
+from tokenizers_mm.media import load_picture
+
+
+class PictureSet:
+    """The pictures of a record store as uint8 pixels, decoded once each while they fit `cache_bytes`."""
+
+    def __init__(self, store: RecordStore, side_px: int, *, cache_bytes: int = 2**30) -> None:
+        self.store, self.side_px = store, side_px
+        self.indices = [index for index in range(len(store)) if store.has_picture(index)]
+        if not self.indices:
+            raise DataError("the data hold no pictures")
+        self._cache: dict[int, Tensor] = {}
+        self._limit = cache_bytes // (3 * side_px**2)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def pixels(self, items: list[int]) -> Tensor:
+        """B x C x H x W in [0, 1]."""
+        return torch.stack([self._bytes(item) for item in items]).float() / 255
+
+    def _bytes(self, item: int) -> Tensor:
+        if item in self._cache:
+            return self._cache[item]
+        data = self.store.picture(self.indices[item])
+        assert data is not None
+        picture = square(load_picture(data, max_side_px=self.side_px), self.side_px)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if len(self._cache) < self._limit:
+            self._cache[item] = pixels
+        return pixels
+
+    def batches(self, device: torch.device, size: int = 128) -> Iterator[Tensor]:
+        """All pictures in order, B x C x H x W in [0, 1]."""
+        for start in range(0, len(self), size):
+            yield self.pixels(list(range(start, min(start + size, len(self))))).to(device)

@@ -1,0 +1,245 @@
+"""`anygen evaluate TOKENIZER`: finds what belongs to a picture tokenizer, measures it, and writes a report and a page.
+
+The page is one file without scripts; its pictures are in it. What it shows is chosen by rule, never by hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from PIL import Image
+
+from anygen._version import __version__
+from anygen.errors import InputError
+from anygen.evaluation.picture_coding import open_judge, reconstruct
+from anygen.evaluation.picture_samples import Bytes, RealPictures
+from anygen.evaluation.pictures import EXPLAINED, Evaluation, Figure, evaluate_pictures
+from anygen.files import publishing, write_json
+from tokenizers_mm.image import KIND, ImageTokenizer
+
+REPORT, PAGE = "report.json", "index.html"
+NUM_SHOWN, NUM_WORST, NUM_CODES, NUM_PATCHES = 48, 16, 64, 12
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture beside its reconstruction, as one PNG."""
+
+    uri: str
+    label: str
+    title: str
+
+
+@dataclass(frozen=True)
+class ShownCode:
+    """A code, the patches that got it, and its own drawing."""
+
+    code: int
+    share: float
+    """Of all codes of the sample."""
+    drawn: str
+    patches: str
+
+
+def is_picture_tokenizer(folder: Path) -> bool:
+    """True for a folder that holds a picture tokenizer, whole or broken."""
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(facts, dict) and facts.get("kind") == KIND
+
+
+def evaluate_folder(
+    folder: Path, *, data: Path | None = None, teacher: Path | None = None, out: Path, limit: int | None = None
+) -> dict[str, Any]:
+    """Evaluate the picture tokenizer in a folder; writes `report.json` and `index.html` and returns the report.
+
+    Args:
+        folder: of the tokenizer, `RUN/image_tokenizer/tokenizer` or anywhere.
+        data: folder of record shards; `RUN/data` by default.
+        teacher: as `picture_coding.open_judge` takes it.
+        out: where to write; an older evaluation there is replaced.
+        limit: at most so many pictures of each kind and split.
+
+    Raises:
+        InputError: no data, or `out` holds something that is not an evaluation.
+        AnyGenError: tokenizer, data or teacher are broken, or a package is missing.
+    """
+    out = out.resolve()
+    if out.exists() and not (out / REPORT).is_file() and (out.is_file() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not an evaluation: choose a new folder")
+    data = data or folder.resolve().parent.parent / "data"
+    if not any(data.glob("*.tar")):
+        raise InputError(f"there are no record shards (*.tar) in {data}: name the folder of stage data with --data")
+    tokenizer = ImageTokenizer.load(folder)
+    tokenizer.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    judge = open_judge(folder, teacher=teacher, device=tokenizer.device)
+    real = RealPictures(data, tokenizer.config.side_px)
+    evaluation = evaluate_pictures(tokenizer, real, judge, limit=limit)
+    report = report_of(evaluation, tokenizer, real, {"tokenizer": str(folder), "data": str(data)})
+    with publishing(out) as temporary:
+        write_json(temporary / REPORT, report)
+        (temporary / PAGE).write_text(render(evaluation, tokenizer, real, report), encoding="utf-8")
+    return report
+
+
+def report_of(
+    evaluation: Evaluation, tokenizer: ImageTokenizer, real: RealPictures, names: dict[str, str]
+) -> dict[str, Any]:
+    """Everything but pictures, JSON-able: numbers that are not finite are null."""
+    samples = evaluation.samples
+    return {
+        **names,
+        "anygen": __version__,
+        "codebook_size": tokenizer.codebook_size,
+        "num_codebooks": tokenizer.num_codebooks,
+        "codes_per_picture": math.prod(tokenizer.grid_hw) * tokenizer.num_codebooks,
+        "side_px": real.side_px,
+        "held_out_pictures": len(samples.held_out),
+        "training_pictures": len(samples.train),
+        "left_out_because_training_has_the_same_pixels": samples.num_seen,
+        "figures": [
+            {key: _finite(value) for key, value in dataclasses.asdict(figure).items()} for figure in evaluation.figures
+        ],
+        "skipped": evaluation.skipped,
+        "warnings": list(evaluation.warnings),
+    }
+
+
+def lines_of(report: dict[str, Any]) -> list[str]:
+    """The report as lines of text."""
+    figures = [Figure(**row) for row in report["figures"]]
+    widths = [max(len(getattr(figure, key)) for figure in figures) for key in ("name", "group")]
+    lines = [
+        f"{figure.name:{widths[0]}}  {figure.group:{widths[1]}}  {shown_value(figure):>20}  {shown_interval(figure):18}"
+        f"  n={figure.count}"
+        for figure in figures
+    ]
+    lines += [f"skipped: {what}: {why}" for what, why in report["skipped"].items()]
+    return lines + [f"warning: {text}" for text in report["warnings"]]
+
+
+def shown_value(figure: Figure) -> str:
+    """A value with its unit.
+
+    >>> shown_value(Figure("codes used", "held out", 0.5, None, None, 3))
+    '50.0 %'
+    """
+    unit = EXPLAINED[figure.name][0]
+    return f"{_short(figure.value, unit)} {unit}".strip()
+
+
+def shown_interval(figure: Figure) -> str:
+    """The 95 % interval, empty where there is none."""
+    if figure.low is None or figure.high is None:
+        return ""
+    unit = EXPLAINED[figure.name][0]
+    return f"[{_short(figure.low, unit)}, {_short(figure.high, unit)}]"
+
+
+def render(evaluation: Evaluation, tokenizer: ImageTokenizer, real: RealPictures, report: dict[str, Any]) -> str:
+    """The page; everything that is not markup of ours is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("anygen.evaluation", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.globals.update(shown_value=shown_value, shown_interval=shown_interval)
+    rows: dict[str, list[Figure]] = {}
+    for figure in evaluation.figures:
+        rows.setdefault(figure.name, []).append(figure)
+    return environment.get_template("pictures.html.jinja").render(
+        report=report,
+        rows=rows,
+        explained=EXPLAINED,
+        galleries=_galleries(evaluation, real),
+        codes=most_used_codes(evaluation, tokenizer, real),
+        version=__version__,
+    )
+
+
+def _galleries(evaluation: Evaluation, real: RealPictures) -> dict[str, list[Pair]]:
+    """Heading -> pairs: the first of each kind, and the worst."""
+    kinds: dict[str, list[int]] = {}
+    for row, number in enumerate(evaluation.samples.held_out):
+        kinds.setdefault(real.records[number].kind, []).append(row)
+    chosen = {
+        f"The first {NUM_SHOWN} held-out pictures of kind {kind}": rows[:NUM_SHOWN] for kind, rows in kinds.items()
+    }
+    worst = np.argsort(evaluation.psnr_db, kind="stable")[:NUM_WORST].tolist()
+    chosen[f"The {NUM_WORST} held-out pictures with the lowest PSNR"] = worst
+    return {heading: [_pair(evaluation, real, row) for row in rows] for heading, rows in chosen.items()}
+
+
+def _pair(evaluation: Evaluation, real: RealPictures, row: int) -> Pair:
+    number = evaluation.samples.held_out[row]
+    both_HWC = np.concatenate([real.bytes_of([number])[0], evaluation.reconstructions[row]], axis=1)
+    record = real.records[number]
+    title = record.captions[0] if record.captions else record.key
+    return Pair(_uri(both_HWC), f"{evaluation.psnr_db[row]:.1f} dB", title)
+
+
+def most_used_codes(evaluation: Evaluation, tokenizer: ImageTokenizer, real: RealPictures) -> list[ShownCode]:
+    """The most used codes of the first codebook, each with patches of different pictures, drawn at random."""
+    codes_NT = evaluation.coded.codes_NKT[:, 0]
+    hits_V = np.bincount(codes_NT.ravel(), minlength=tokenizer.codebook_size)
+    generator = random.Random(0)
+    shown = []
+    for code in np.argsort(-hits_V, kind="stable")[:NUM_CODES].tolist():
+        if not hits_V[code]:
+            break
+        rows = np.flatnonzero((codes_NT == code).any(axis=1)).tolist()
+        rows = sorted(generator.sample(rows, min(NUM_PATCHES, len(rows))))
+        places = [generator.choice(np.flatnonzero(codes_NT[row] == code).tolist()) for row in rows]
+        numbers = [evaluation.coded.numbers[row] for row in rows]
+        real_MHWC = patches_at(real.bytes_of(numbers), places, tokenizer)
+        drawn_MHWC = patches_at(reconstruct(tokenizer, evaluation.coded, numbers), places, tokenizer)
+        mean_HWC = drawn_MHWC.mean(axis=0).round().astype(np.uint8)
+        strip_HWC = np.concatenate(list(real_MHWC), axis=1)
+        shown.append(ShownCode(code, float(hits_V[code] / hits_V.sum()), _uri(mean_HWC), _uri(strip_HWC)))
+    return shown
+
+
+def patches_at(pictures_MHWC: Bytes, places: Sequence[int], tokenizer: ImageTokenizer) -> Bytes:
+    """One patch of each picture; places count in row order."""
+    side, columns = tokenizer.config.patch_px, tokenizer.grid_hw[1]
+    corners = [(place // columns * side, place % columns * side) for place in places]
+    return np.stack(
+        [
+            picture_HWC[top : top + side, left : left + side]
+            for picture_HWC, (top, left) in zip(pictures_MHWC, corners, strict=True)
+        ]
+    )
+
+
+def _uri(pixels_HWC: Bytes) -> str:
+    """A PNG as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HWC).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _short(value: float | None, unit: str) -> str:
+    if value is None or not math.isfinite(value):
+        return "none"
+    if unit == "%":
+        return f"{100 * value:.1f}"
+    return f"{value:.2f}" if unit == "dB" else f"{value:.4g}"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,67 @@
+"""The utterances of records with pictures, as windows of one length for the sound tower."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from anygen.data.records import RecordStore
+
+
+class SoundPairs:
+    """Windows of the utterances of some records, decoded once each while they fit `cache_bytes` (16 bit a sample).
+
+    Args:
+        store: the records.
+        indices: which of them, by item.
+        rate_hz: that sounds are resampled to.
+        num_samples: of a window; longer utterances are cut, shorter ones padded with silence.
+        cache_bytes: limit of the cache.
+    """
+
+    def __init__(
+        self, store: RecordStore, indices: list[int], *, rate_hz: int, num_samples: int, cache_bytes: int = 2**30
+    ) -> None:
+        self._store, self._indices = store, indices
+        self._rate_hz, self._num_samples = rate_hz, num_samples
+        self._cache: dict[tuple[int, int], tuple[npt.NDArray[np.int16], int]] = {}
+        self._limit = cache_bytes // (2 * num_samples)
+        self._numbers: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return sum(self._store.num_sounds(index) for index in self._indices)
+
+    def batch(self, items: list[int], generator: random.Random | None = None) -> dict[str, Tensor]:
+        """One utterance of each item that has any: `sounds` S x T, `owners` (places in `items`) and `texts` S.
+
+        Utterances are drawn from `generator`, and are the first of each where there is none.
+        """
+        owners = [place for place, item in enumerate(items) if self._num_sounds(item)]
+        turns = [generator.randrange(self._num_sounds(items[p])) if generator else 0 for p in owners]
+        windows = [self._window(items[place], turn) for place, turn in zip(owners, turns, strict=True)]
+        sounds_ST = np.zeros((len(owners), self._num_samples), np.float32)
+        for row, (samples_T, _) in enumerate(windows):
+            sounds_ST[row, : len(samples_T)] = samples_T / np.float32(32767)
+        return {
+            "sounds": torch.from_numpy(sounds_ST),
+            "owners": torch.tensor(owners, dtype=torch.long),
+            "texts": torch.tensor([number for _, number in windows], dtype=torch.long),
+        }
+
+    def _num_sounds(self, item: int) -> int:
+        return self._store.num_sounds(self._indices[item])
+
+    def _window(self, item: int, turn: int) -> tuple[npt.NDArray[np.int16], int]:
+        if (item, turn) in self._cache:
+            return self._cache[item, turn]
+        utterance = self._store[self._indices[item]].utterances[turn]
+        samples_T = utterance.audio(self._rate_hz).samples_T[: self._num_samples]
+        number = self._numbers.setdefault(utterance.text, len(self._numbers))
+        window = (np.round(np.clip(samples_T, -1, 1) * 32767).astype(np.int16), number)
+        if len(self._cache) < self._limit:
+            self._cache[item, turn] = window
+        return window

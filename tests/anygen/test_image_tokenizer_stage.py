@@ -1,0 +1,194 @@
+"""The picture tokenizer's stage: its variants, its monitor, exact resume, what a recipe would cost."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from anygen.config import build
+from anygen.data.records import Record, write_shard
+from anygen.data.sources import png_of
+from anygen.errors import ConfigError
+from anygen.recipes_index import find_recipe
+from anygen.stages import image_tokenizer
+from anygen.stages.dry_run import weigh
+from anygen.stages.image_tokenizer import ImageTokenizerConfig
+from anygen.stages.run import load_recipe, run_stage
+from tokenizers_mm.features import FeatureDecoder
+from tokenizers_mm.image import ImageTokenizer
+from tokenizers_mm.teacher import VisionTeacher
+from tokenizers_mm.vqkd import PictureEncoder
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Path:
+    """A run with records of 16 px pictures and the tiny random CLIP as its teacher."""
+    root = tmp_path_factory.mktemp("run")
+    (root / "data").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 48), ("validation", 8)):
+        patches = torch.rand(count, 3, 2, 2, generator=generator).repeat_interleave(8, 2).repeat_interleave(8, 3)
+        pictures = [Image.fromarray((p.permute(1, 2, 0) * 255).byte().numpy()) for p in patches]
+        records = [Record(f"{split}{i}", "pair", ("a",), png_of(p)) for i, p in enumerate(pictures)]
+        write_shard(root / "data" / f"{split}-00000.tar", records)
+    (root / "data" / "stage.json").write_text(json.dumps({"identity": "data"}))
+    (root / "teacher").mkdir()
+    (root / "teacher" / "model").symlink_to(clip_folder)
+    (root / "teacher" / "stage.json").write_text(json.dumps({"identity": "teacher"}))
+    return root
+
+
+def recipe_of(root: Path, *, steps: int = 4, head_steps: int = 4, **fields: Any) -> ImageTokenizerConfig:
+    loop: dict[str, Any] = {"log_every": 1, "save_every": 2, "precision": "fp32", "device": "cpu"}
+    values: dict[str, Any] = {
+        "root": root,
+        "encoder": {"side_px": 16, "width": 16, "depth": 1, "num_heads": 2, "codebook_size": 16, "code_dim": 4},
+        "head": {"width": 16, "depth": 1, "num_heads": 2, "refine_channels": 2},
+        "batch_size": 16,
+        "vqkd_loop": {"steps": steps, **loop},
+        "head_loop": {"steps": head_steps, **loop},
+    }
+    for name, value in fields.items():
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+    return build(ImageTokenizerConfig, values, source="test")
+
+
+def work_in(root: Path, folder: Path) -> Path:
+    """A run of its own with the same data and teacher."""
+    folder.mkdir()
+    for name in ("data", "teacher"):
+        (folder / name).symlink_to(root / name)
+    return folder
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "joint": {"pixel_weight": 1.0, "head_start": "joint"},
+    "pixels only": {"deep_weight": 0.0, "shallow_weight": 0.0, "pixel_weight": 1.0},
+    "two codebooks": {"encoder": {"quantizer": {"num_codebooks": 2}}},
+    "beit": {"encoder": {"quantizer": {"update": "norm_ema", "gradient": "straight_through"}}},
+    "perceptual and judged": {
+        "perceptual_weight": 0.5,
+        "adversarial": {"weight": 0.5, "start_share": 0.5, "channels": 8},
+    },
+    "augmented": {"augmentation": {"crop_scale": [0.5, 1.0], "flip": 0.5}},
+    "finer grid": {"encoder": {"patch_px": 4}},
+    "late codes": {"steps_without_quantiser": 2},
+    "muon": {"vqkd_loop": {"optimizer": {"kind": "muon"}}},
+}
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_trains_saves_and_encodes(root: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    config = recipe_of(work_in(root, tmp_path / "run"), **fields)
+    result = run_stage(config)
+    assert result.metrics["validation_psnr_db"] > 0 and 0 < result.metrics["validation_usage"] <= 1
+    tokenizer = ImageTokenizer.load(config.folder / "tokenizer")
+    picture = Image.new("RGB", (16, 16), "red")
+    codes = tokenizer.encode(picture)
+    assert codes.num_codebooks == tokenizer.num_codebooks and tokenizer.decode(codes).size == (16, 16)
+    distils = bool(config.deep_weight or config.shallow_weight)
+    assert (config.folder / "features").exists() == distils
+    if distils:
+        features = FeatureDecoder.load(config.folder / "features")
+        pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        vectors = tokenizer.encoder.vectors_of(tokenizer.encode_pixels(pixels))
+        predicted = features(vectors, tokenizer.grid_hw)
+        target = VisionTeacher.open(features.config.teacher)(pixels, tokenizer.grid_hw)
+        assert predicted.deep_BND.shape == target.deep_BND.shape
+        assert predicted.shallow_BND.shape == target.shallow_BND.shape
+    if "adversarial" in fields:
+        rows = [json.loads(line) for line in (config.folder / "pixels" / "metrics.jsonl").read_text().splitlines()]
+        assert ["discriminator" in row for row in rows] == [False, False, True, True], "judged in the second half"
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields: dict[str, Any] = {
+        **VARIANTS["perceptual and judged"],
+        "augmentation": {"flip": 0.5},
+        "vqkd_loop": {"optimizer": {"kind": "muon"}},
+    }
+    whole = recipe_of(work_in(root, tmp_path / "whole"), **fields)
+    run_stage(whole)
+    parts = recipe_of(work_in(root, tmp_path / "parts"), **fields)
+    for phase in ("Distillation", "Drawing"):
+        trainee = getattr(image_tokenizer, phase)
+        dealt = trainee.next_batch
+
+        def dies(self: Any, dealt: Any = dealt, count: list[int] = [0]) -> Any:  # noqa: B006
+            count[0] += 1
+            if count[0] == 4:
+                raise KeyboardInterrupt
+            return dealt(self)
+
+        monkeypatch.setattr(trainee, "next_batch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(parts)
+        monkeypatch.setattr(trainee, "next_batch", dealt)
+    run_stage(parts)
+    for name in ("tokenizer", "features"):
+        assert (whole.folder / name / "model.safetensors").read_bytes() == (
+            parts.folder / name / "model.safetensors"
+        ).read_bytes()
+
+
+def test_without_replacement_the_run_says_that_its_codebook_collapses(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(share: float, name: str) -> list[str]:
+        caplog.clear()
+        encoder = {
+            "codebook_size": 128,
+            "ema_decay": 0.9,
+            "dead_code_share": share,
+            "quantizer": {"kmeans_start": False},
+        }
+        config = recipe_of(work_in(root, tmp_path / name), steps=100, head_steps=1, encoder=encoder)
+        config = config.model_copy(update={"vqkd_loop": config.vqkd_loop.model_copy(update={"log_every": 50})})
+        run_stage(config)
+        rows = [json.loads(line) for line in (config.folder / "vqkd" / "metrics.jsonl").read_text().splitlines()]
+        assert "usage" in rows[-1]
+        return [record.message for record in caplog.records if "codebook collapse" in record.message]
+
+    with caplog.at_level(logging.WARNING, logger="anygen"):
+        assert told(0.0, "off")
+        assert not told(0.25, "on")
+
+
+def test_recipes_that_cannot_work_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        recipe_of(root, deep_weight=0.0, shallow_weight=0.0)
+    with pytest.raises(ConfigError, match="joint needs pixel_weight"):
+        recipe_of(root, head_start="joint")
+    empty = tmp_path / "run"
+    empty.mkdir()
+    (empty / "data").symlink_to(root / "data")
+    with pytest.raises(ConfigError, match=r"there is no teacher in .*teacher\.path"):
+        run_stage(recipe_of(empty))
+
+
+def test_the_cost_of_a_recipe_is_known_before_it_runs(root: Path) -> None:
+    config = recipe_of(root)
+    facts = weigh(config)
+    assert facts["codes per picture"] == 4 and "CLIP" in facts["teacher"]
+    encoder = PictureEncoder(config.encoder)
+    assert facts["parameters"]["encoder"] == sum(p.numel() for p in encoder.parameters())
+    wide = weigh(recipe_of(root, batch_size=32))
+    for phase in ("vqkd", "pixels"):
+        assert wide[phase]["GFLOP per step"] == pytest.approx(2 * facts[phase]["GFLOP per step"], abs=0.11)
+
+
+def test_base_is_beit_v2s_size_and_weighed_without_its_teacher(tmp_path: Path) -> None:
+    facts = weigh(load_recipe(find_recipe("base/image_tokenizer.yaml"), root=tmp_path))
+    assert facts["codes per picture"] == 196 and facts["teacher"] == "not weighed"
+    assert 85e6 < facts["parameters"]["encoder"] < 88e6, "ViT-B/16"
+    assert facts["vqkd"]["pictures seen"] == 128_000_000, "100 epochs of ImageNet-1k"
+    assert facts["vqkd"]["GB activations"] > 10
