@@ -82,6 +82,25 @@ def _checkpoint(path: Path) -> Facts:
     }
 
 
+def _picture_tokenizer(path: Path) -> Facts:
+    from tokenizers_mm.image import ImageTokenizer
+
+    tokenizer = ImageTokenizer.load(path)
+    return {
+        "kind": "picture tokenizer",
+        "grid": list(tokenizer.grid_hw),
+        "codebooks": tokenizer.num_codebooks,
+        "codes": tokenizer.codebook_size,
+        "parameters": sum(p.numel() for m in (tokenizer.encoder, tokenizer.pixel_head) for p in m.parameters()),
+        "fingerprint": tokenizer.fingerprint,
+    }
+
+
+def _is_picture_tokenizer(path: Path) -> bool:
+    facts = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    return facts.get("kind") == "vqkd"
+
+
 def _coded_shard(path: Path) -> Facts:
     lines = (path / "records.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     return {
@@ -137,6 +156,7 @@ def _answer(path: Path) -> Facts:
 
 _KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Facts]]] = [
     (lambda p: (p / "anygen.json").is_file(), _bundle),
+    (_is_picture_tokenizer, _picture_tokenizer),
     (lambda p: (p / "state.safetensors").is_file(), _checkpoint),
     (lambda p: (p / "records.jsonl").is_file() and (p / MANIFEST).is_file(), _coded_shard),
     (lambda p: p.is_dir() and any(p.glob("*/started.json")), _run),

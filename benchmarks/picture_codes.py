@@ -3,7 +3,7 @@
     python benchmarks/picture_codes.py RUN OUT [--seeds 0 1] [--limit 150]
 
 RUN is a run that has done the stages data, text_tokenizer and teacher (`anygen run recipes/emoji64`). Every variant
-gets the same pictures, encoder, codebook, pixel head, steps and seeds; only its losses differ. Then the same transformer
+gets the same pictures, encoder, codebook, pixel head, steps and seeds; only its losses differ. Then one transformer
 learns text -> picture on each variant's codes, and is asked for pictures of training names and of held-out ones.
 Interrupted, it goes on where it was. It writes OUT/results.json.
 """

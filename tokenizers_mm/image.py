@@ -82,15 +82,22 @@ class ImageTokenizer:
             del facts["quantizer"]
         return facts
 
-    def encode(self, media: PictureSource) -> Codes:
+    def encode(self, media: PictureSource, *, keep_aspect: bool = False) -> Codes:
         """One picture to K x N codes.
+
+        Args:
+            media: the picture.
+            keep_aspect: instead of padding to a square, a grid of about as many patches in the picture's own shape.
 
         Raises:
             InputError: not a picture, or beyond the limits of `tokenizers_mm.media`.
         """
-        pixels_BCHW = to_pixels(square(load_picture(media), self.config.side_px))[None]
-        codes = self.encode_pixels(pixels_BCHW)[0]
-        return Codes(codes.reshape(self.num_codebooks, -1).numpy(), "image", self.grid_hw)
+        side, patch = self.config.side_px, self.config.patch_px
+        picture = load_picture(media, max_side_px=4 * side if keep_aspect else side)
+        fitted = in_its_shape(picture, side, patch) if keep_aspect else square(picture, side)
+        codes = self.encode_pixels(to_pixels(fitted)[None])[0]
+        grid_hw = fitted.height // patch, fitted.width // patch
+        return Codes(codes.reshape(self.num_codebooks, -1).numpy(), "image", grid_hw)
 
     @torch.inference_mode()
     def encode_pixels(self, pixels_BCHW: Tensor) -> Tensor:
@@ -153,6 +160,18 @@ def square(picture: Image.Image, side_px: int) -> Image.Image:
     canvas = Image.new("RGB", (side_px, side_px), "white")
     canvas.paste(picture, ((side_px - picture.width) // 2, (side_px - picture.height) // 2))
     return canvas
+
+
+def in_its_shape(picture: Image.Image, side_px: int, patch_px: int) -> Image.Image:
+    """Scaled to about `side_px`^2 pixels, each side a multiple of the patch; shapes beyond 1 : 16 are cut to that.
+
+    >>> in_its_shape(Image.new("RGB", (300, 100)), 64, 8).size
+    (112, 40)
+    """
+    ratio = min(max(picture.width / picture.height, 1 / 16), 16.0)
+    width = max(1, round(side_px * ratio**0.5 / patch_px)) * patch_px
+    height = max(1, round(side_px / ratio**0.5 / patch_px)) * patch_px
+    return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def to_pixels(picture: Image.Image) -> Tensor:

@@ -52,6 +52,8 @@ class ImageTokenizerConfig(StageConfig):
     """Where the second phase's pixel head starts: untrained, or from the one that drew while the codes formed."""
     perceptual_weight: float = Field(0.0, ge=0)
     """Weight of the teacher's shallow features in the pixel head's loss."""
+    structure_weight: float = Field(0.0, ge=0)
+    """Weight of 1 - SSIM in the pixel head's loss."""
     adversarial: PatchGANConfig = PatchGANConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     batch_size: int = Field(64, ge=1)
@@ -170,6 +172,7 @@ def drawing_loss(config: ImageTokenizerConfig, tokenizer: ImageTokenizer, teache
             tokenizer.grid_hw,
             teacher if config.perceptual_weight else None,
             perceptual_weight=config.perceptual_weight,
+            structure_weight=config.structure_weight,
             gan=config.adversarial,
             gan_start=round(config.adversarial.start_share * config.head_loop.steps),
         )

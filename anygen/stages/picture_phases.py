@@ -21,6 +21,7 @@ from tokenizers_mm.patchgan import (
     head_loss,
 )
 from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, pixel_loss
+from tokenizers_mm.ssim import structural_similarity
 from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
 from tokenizers_mm.usage import UsageMonitor, usage_of
 from tokenizers_mm.vqkd import VQKD, PictureEncoder, VQKDConfig
@@ -164,7 +165,7 @@ class Distillation:
 
 
 class DrawingLoss(nn.Module):
-    """L1 and MSE, the teacher's shallow features, and late in training the judgement of a PatchGAN."""
+    """L1 and MSE, SSIM, the teacher's shallow features, and late in training the judgement of a PatchGAN."""
 
     def __init__(
         self,
@@ -173,12 +174,14 @@ class DrawingLoss(nn.Module):
         teacher: VisionTeacher | None,
         *,
         perceptual_weight: float,
+        structure_weight: float,
         gan: PatchGANConfig,
         gan_start: int,
     ) -> None:
         super().__init__()
         self.head, self._grid_hw, self._teacher = head, grid_hw, [teacher]
-        self._perceptual_weight, self._gan, self._gan_start = perceptual_weight, gan, gan_start
+        self._perceptual_weight, self._structure_weight = perceptual_weight, structure_weight
+        self._gan, self._gan_start = gan, gan_start
         self.discriminator = PatchDiscriminator(gan) if gan.weight else None
         self._step: Tensor
         self.register_buffer("_step", torch.zeros((), dtype=torch.long))
@@ -189,6 +192,10 @@ class DrawingLoss(nn.Module):
         drawn_BCHW = self.head(vectors_BNX, self._grid_hw).float()
         loss = pixel_loss(drawn_BCHW, pixels_BCHW)
         report = {"mse": F.mse_loss(drawn_BCHW, pixels_BCHW)}
+        if self._structure_weight:
+            with torch.autocast(drawn_BCHW.device.type, enabled=False):  # differences of squares need fp32
+                report["ssim"] = structural_similarity(drawn_BCHW, pixels_BCHW)
+            loss = loss + self._structure_weight * (1 - report["ssim"])
         if (teacher := self._teacher[0]) is not None and self._perceptual_weight:
             target = teacher(pixels_BCHW, self._grid_hw).shallow_BND
             perceptual = F.mse_loss(teacher.differentiable(drawn_BCHW, self._grid_hw), target)

@@ -75,6 +75,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "beit": {"encoder": {"quantizer": {"update": "norm_ema", "gradient": "straight_through"}}},
     "perceptual and judged": {
         "perceptual_weight": 0.5,
+        "structure_weight": 0.5,
         "adversarial": {"weight": 0.5, "start_share": 0.5, "channels": 8},
     },
     "augmented": {"augmentation": {"crop_scale": [0.5, 1.0], "flip": 0.5}},

@@ -144,6 +144,36 @@ def test_any_grid_and_any_picture(image_tokenizer: ImageTokenizer) -> None:
     assert squared.size == (16, 16) and squared.getpixel((8, 0)) == (255, 255, 255)
 
 
+@pytest.mark.parametrize(("size", "grid_hw"), [((50, 10), (1, 4)), ((10, 50), (4, 1)), ((9, 9), (2, 2)), ((900, 1), (1, 8))])
+def test_a_picture_may_keep_its_shape(
+    image_tokenizer: ImageTokenizer, size: tuple[int, int], grid_hw: tuple[int, int]
+) -> None:
+    codes = image_tokenizer.encode(Image.new("RGB", size, "red"), keep_aspect=True)
+    assert codes.grid_hw == grid_hw
+    assert image_tokenizer.decode(codes).size == (8 * grid_hw[1], 8 * grid_hw[0])
+
+
+def test_several_codebooks_go_through_the_whole_tokenizer(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = VQKDConfig(**{**CONFIG.model_dump(), "quantizer": {"num_codebooks": 2}})
+    encoder = PictureEncoder(config)
+    encoder.train()
+    encoder(torch.rand(64, 3, 16, 16))
+    head_config = PixelHeadConfig(width=16, depth=1, num_heads=2, refine_channels=0)
+    tokenizer = ImageTokenizer(config, encoder, head_config, PixelHead(head_config, code_dim=8, patch_px=8))
+    pixels = torch.rand(5, 3, 16, 24)
+    codes = tokenizer.encode_pixels(pixels)
+    assert codes.shape == (5, 2, 6) and tokenizer.num_codebooks == 2
+    assert torch.equal(codes, torch.cat([tokenizer.encode_pixels(p[None]) for p in pixels]))
+    tokenizer.save(tmp_path)
+    loaded = ImageTokenizer.load(tmp_path)
+    assert torch.equal(loaded.encode_pixels(pixels), codes) and loaded.fingerprint == tokenizer.fingerprint
+    one = tokenizer.encode(to_picture(pixels[0]))
+    assert one.codes_KT.shape == (2, 4)
+    coarse = Codes(one.codes_KT[:1], "image", one.grid_hw)
+    assert tokenizer.decode(one).tobytes() != tokenizer.decode(coarse).tobytes(), "the second book refines the first"
+
+
 def test_pixels_and_pictures_are_inverse() -> None:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8))
     assert to_picture(to_pixels(picture)).tobytes() == picture.tobytes()
