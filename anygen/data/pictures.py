@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -24,13 +26,14 @@ class PictureSet:
             raise DataError("the data hold no pictures")
         self._cache: dict[int, Tensor] = {}
         self._limit = cache_bytes // (3 * side_px**2)
+        self._pool = ThreadPoolExecutor(os.cpu_count())  # decoding lets other threads run
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def pixels(self, items: list[int]) -> Tensor:
         """B x C x H x W in [0, 1]."""
-        return torch.stack([self._bytes(item) for item in items]).float() / 255
+        return torch.stack(list(self._pool.map(self._bytes, items))).float() / 255
 
     def _bytes(self, item: int) -> Tensor:
         if item in self._cache:

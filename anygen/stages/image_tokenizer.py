@@ -144,6 +144,7 @@ def distillation_loss(config: ImageTokenizerConfig, teacher: VisionTeacher | Non
         config.encoder,
         config.head if config.pixel_weight else None,
         teacher if distils else None,
+        teacher_config=config.teacher,
         batch_size=config.batch_size,
         seed=seed_of(config.vqkd_loop.seed, "vqkd"),
     )

@@ -22,9 +22,9 @@ from tokenizers_mm.patchgan import (
 )
 from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, pixel_loss
 from tokenizers_mm.ssim import structural_similarity
-from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
+from tokenizers_mm.teacher import TeacherConfig, TeacherFeatures, VisionTeacher
 from tokenizers_mm.usage import UsageMonitor, usage_of
-from tokenizers_mm.vqkd import VQKD, PictureEncoder, VQKDConfig
+from tokenizers_mm.vqkd import VQKD, VQKDConfig
 
 
 class PictureBatches:
@@ -229,18 +229,25 @@ class Drawing:
     def __init__(self, losses: DrawingLoss, batches: PictureBatches, tokenizer: ImageTokenizer) -> None:
         self.module: nn.Module = losses
         self._batches, self._tokenizer = batches, tokenizer
-        augments = batches.augmentation != AugmentationConfig()
-        self._codes = None if augments else encode_all(tokenizer.encoder, batches.train, torch.device("cpu"))
+        self._codes: dict[int, Tensor] = {}
+        self._keeps_codes = batches.augmentation == AugmentationConfig()
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
+    def next_batch(self) -> tuple[list[int], Tensor]:
         """The next batch, on the CPU."""
-        items, pixels = self._batches.next()
-        codes = self._tokenizer.encode_pixels(pixels) if self._codes is None else self._codes[items]
-        return self._tokenizer.encoder.vectors_of(codes.to(self._tokenizer.device)), pixels
+        return self._batches.next()
 
-    def to_device(self, batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """The batch where the module is."""
-        return batch[0].to(device), batch[1].to(device)
+    def to_device(self, batch: tuple[list[int], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(code vectors, pixels) where the module is; the codes are found there too, in fp32."""
+        items, pixels = batch[0], batch[1].to(device)
+        self._tokenizer.to(device)
+        missing = [place for place, item in enumerate(items) if item not in self._codes]
+        if missing:
+            found = self._tokenizer.encode_pixels(pixels[missing])
+            self._codes |= {items[place]: codes for place, codes in zip(missing, found, strict=True)}
+        vectors = self._tokenizer.encoder.vectors_of(torch.stack([self._codes[item] for item in items]).to(device))
+        if not self._keeps_codes:  # the next time a picture comes it is another one
+            self._codes.clear()
+        return vectors, pixels
 
     def state(self) -> dict[str, Any]:
         """JSON-able position in the stream of batches."""
@@ -266,7 +273,13 @@ class Drawing:
 
 
 def make_vqkd(
-    config: VQKDConfig, head: PixelHeadConfig | None, teacher: VisionTeacher | None, *, batch_size: int, seed: int
+    config: VQKDConfig,
+    head: PixelHeadConfig | None,
+    teacher: VisionTeacher | None,
+    *,
+    teacher_config: TeacherConfig,
+    batch_size: int,
+    seed: int,
 ) -> VQKD:
     """An untrained VQ-KD; with a head it also learns to draw while the codes form."""
     patches = (config.side_px // config.patch_px) ** 2
@@ -274,16 +287,9 @@ def make_vqkd(
         pixel_head = PixelHead(head, code_dim=config.code_dim, patch_px=config.patch_px) if head else None
         return VQKD(
             config,
-            teacher=teacher.config if teacher else None,
+            teacher=teacher_config,
             deep_width=teacher.deep_width if teacher else config.width,
             shallow_width=teacher.shallow_width if teacher else config.width,
             tokens_per_batch=batch_size * patches,
             pixel_head=pixel_head,
         )
-
-
-def encode_all(encoder: PictureEncoder, pictures: PictureSet, device: torch.device) -> Tensor:
-    """Codes of every picture, in order."""
-    encoder = encoder.eval().to(device)
-    with torch.no_grad():
-        return torch.cat([encoder(pixels)[1].cpu() for pixels in pictures.batches(device)])

@@ -101,7 +101,9 @@ def test_every_variant_trains_saves_and_encodes(root: Path, tmp_path: Path, fiel
         pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         vectors = tokenizer.encoder.vectors_of(tokenizer.encode_pixels(pixels))
         predicted = features(vectors, tokenizer.grid_hw)
-        target = VisionTeacher.open(features.config.teacher)(pixels, tokenizer.grid_hw)
+        assert features.config.teacher.path is None, "a run that is moved still finds its own teacher"
+        own = features.config.teacher.model_copy(update={"path": root / "teacher" / "model"})
+        target = VisionTeacher.open(own)(pixels, tokenizer.grid_hw)
         assert predicted.deep_BND.shape == target.deep_BND.shape
         assert predicted.shallow_BND.shape == target.shallow_BND.shape
     if "adversarial" in fields:
