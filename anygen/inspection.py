@@ -97,8 +97,9 @@ def _picture_tokenizer(path: Path) -> Facts:
 
 
 def _is_picture_tokenizer(path: Path) -> bool:
-    facts = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    return facts.get("kind") == "vqkd"
+    from anygen.evaluation.picture_page import is_picture_tokenizer
+
+    return is_picture_tokenizer(path)
 
 
 def _coded_shard(path: Path) -> Facts:

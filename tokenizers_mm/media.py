@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from PIL import Image, UnidentifiedImageError
 from tokenizers_mm.errors import InputError
 from tokenizers_mm.picture_files import ORIENTATION, first_frame
 from tokenizers_mm.rgb import to_rgb, upright
+
+_OPENING = threading.Lock()  # warning filters belong to the process: threads that change them at once lose them
 
 FloatArray = npt.NDArray[np.float32]
 PictureSource = Image.Image | str | Path | bytes | npt.NDArray[Any]
@@ -118,15 +121,15 @@ def load_picture(source: PictureSource, *, max_side_px: int | None = None) -> Im
     """
     name = str(source) if isinstance(source, str | Path) else "the picture"
     try:
-        with warnings.catch_warnings():
+        with _OPENING, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limits follow; Pillow's bomb warning would only repeat them
             picture, orientation = _open_picture(source, name)
-            _check_size(picture, name)
-            if max_side_px is not None and picture is not source:  # a user's own picture stays as it is
-                _draft(picture, max_side_px)
-            rgb = to_rgb(picture)
-            del picture  # turning makes a second copy: not a third beside it
-            return upright(rgb, orientation)
+        _check_size(picture, name)
+        if max_side_px is not None and picture is not source:  # a user's own picture stays as it is
+            _draft(picture, max_side_px)
+        rgb = to_rgb(picture)
+        del picture  # turning makes a second copy: not a third beside it
+        return upright(rgb, orientation)
     except InputError:
         raise
     except UnidentifiedImageError as error:

@@ -23,7 +23,7 @@ class PatchGANConfig(Config):
     start_share: float = Field(0.5, ge=0, le=1)
     """Share of the steps before the first judgement: earlier, blurred pictures are too easy to tell."""
     channels: int = Field(32, ge=1)
-    layers: int = Field(2, ge=1)
+    layers: int = Field(2, ge=1, le=6)
     """Convolutions of stride 2: with 2, each judgement sees 34 x 34 pixels."""
 
 

@@ -18,16 +18,18 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from tokenizers_mm.config import Config
 
 _OURS = frozenset(
     """self dim codebook_size codebook_dim heads separate_codebook_per_head decay freeze_codebook kmeans_init
     kmeans_iters use_cosine_sim threshold_ema_dead_code commitment_weight straight_through rotation_trick channel_last
-    accept_image_fmap accept_3d_fmap vq_bridge sync_codebook in_place_codebook_optimizer ema_update learnable_codebook
-    manual_ema_update manual_in_place_optimizer_update""".split()  # noqa: SIM905
+    accept_image_fmap accept_3d_fmap vq_bridge sync_codebook route_gradients_to_input affine_param
+    affine_param_batch_decay affine_param_codebook_decay sync_affine_param in_place_codebook_optimizer ema_update
+    learnable_codebook manual_ema_update manual_in_place_optimizer_update""".split()  # noqa: SIM905
 )
-"""Arguments of VectorQuantize that other fields decide, or that would change what a code is."""
+"""Arguments of VectorQuantize that other fields decide, or with which a code is more than its entry in the codebook."""
 _OPEN = frozenset(inspect.signature(VectorQuantize.__init__).parameters) - _OURS
 
 
@@ -42,7 +44,7 @@ class QuantizerConfig(Config):
     distance: Literal["cosine", "euclidean"] = "cosine"
     """Of the first codebook; residuals are always compared by Euclidean distance, for their length means something."""
     gradient: Literal["rotation", "straight_through"] = "rotation"
-    """How gradients pass the codes: the rotation trick (arXiv 2410.06424) or unchanged."""
+    """How gradients pass the codes: the rotation trick (arXiv 2410.06424) or unchanged, as `norm_ema` always does."""
     kmeans_start: bool = True
     """Start from k-means of the first batch, gathered from all processes; needs about 4 vectors a code."""
     kmeans_iters: int = Field(10, ge=1)
@@ -61,6 +63,10 @@ class QuantizerConfig(Config):
             raise ValueError("update: gradient needs distance: euclidean")
         if self.update == "norm_ema" and (self.distance != "cosine" or self.num_codebooks > 1 or self.options):
             raise ValueError("update: norm_ema is BEiT v2's rule: one cosine codebook, no other options")
+        try:
+            make_quantizer(self, dim=2, codebook_size=2, decay=0.9, dead_hits=0.5)
+        except AssertionError as error:
+            raise ValueError(f"VectorQuantize refuses this combination: {error}") from error
         return self
 
 
@@ -95,33 +101,37 @@ def make_quantizer(
             learnable_codebook=config.update == "gradient",
             # The library asks once, at its first use in the process, whether there are others, and remembers it.
             sync_codebook=_has_others(),
+            # Of several codebooks each would pass the gradient once: the sum passes it instead.
+            route_gradients_to_input=config.num_codebooks == 1,
             **config.options,
         )
         for book in range(config.num_codebooks)
     ]
     if len(books) == 1:
         return books[0]  # not in a list of one: tokenizers saved before there were several keep their tensor names
-    return ResidualQuantizer(books, normalises=config.distance == "cosine")
+    return ResidualQuantizer(books, normalises=config.distance == "cosine", rotates=config.gradient == "rotation")
 
 
 class ResidualQuantizer(nn.Module):
     """Codebooks in a row, each for what the ones before left over; the quantised vector is the sum."""
 
-    def __init__(self, books: list[VectorQuantize], *, normalises: bool) -> None:
+    def __init__(self, books: list[VectorQuantize], *, normalises: bool, rotates: bool) -> None:
         super().__init__()
         self.books = nn.ModuleList(books)
-        self._normalises = normalises
+        self._normalises, self._rotates = normalises, rotates
 
     def forward(self, z_BNX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Vectors to (their sum of codes, codes B x K x N, commitment loss)."""
-        rest_BNX = F.normalize(z_BNX, dim=-1) if self._normalises else z_BNX
-        total_BNX, codes, losses = torch.zeros_like(rest_BNX), [], []
+        z_BNX = F.normalize(z_BNX, dim=-1) if self._normalises else z_BNX
+        rest_BNX, total_BNX, codes, losses = z_BNX, torch.zeros_like(z_BNX), [], []
         for book in self.books:
             quantised_BNX, codes_BN, loss = book(rest_BNX)
-            total_BNX = total_BNX + quantised_BNX
+            total_BNX = total_BNX + quantised_BNX.detach()
             rest_BNX = rest_BNX - quantised_BNX.detach()
             codes.append(codes_BN)
             losses.append(loss.sum())
+        if self.training:
+            total_BNX = rotate_to(z_BNX, total_BNX) if self._rotates else z_BNX + (total_BNX - z_BNX).detach()
         return total_BNX, torch.stack(codes, dim=1), torch.stack(losses).sum()
 
 

@@ -101,6 +101,8 @@ class VisionTower(nn.Module):
             CheckpointError: nothing readable there, or a model without a vision tower.
             ConfigError: a projection is asked for and the checkpoint has none.
         """
+        if not folder.is_dir():  # transformers would look for it on a hub
+            raise ConfigError(f"there is no folder {folder}: name a vision model in transformers' layout")
         try:
             model, missing = _load(folder, with_projection)
             mean, std = _normalisation(folder)
@@ -241,12 +243,17 @@ def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
     Read directly: transformers' image processors want torchvision, only to normalise.
     """
     path = folder / "preprocessor_config.json"
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    if facts.get("do_normalize", True) is False:
-        return [0.0] * 3, [1.0] * 3
-    mean, std = ([float(value) for value in facts[key]] for key in ("image_mean", "image_std"))
-    if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
-        raise ValueError(f"{path.name} has image_mean {mean} and image_std {std}, expected three numbers each")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if facts.get("do_normalize", True) is False:
+            return [0.0] * 3, [1.0] * 3
+        mean, std = ([float(value) for value in facts[key]] for key in ("image_mean", "image_std"))
+        if len(mean) != 3 or len(std) != 3 or not all(value > 0 for value in std):
+            raise ValueError(f"they are {mean} and {std}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path.name} must hold image_mean and image_std, three numbers each: {type(error).__name__}: {error}"
+        ) from error
     return mean, std
 
 

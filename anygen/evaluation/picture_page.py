@@ -26,7 +26,7 @@ from anygen.errors import InputError
 from anygen.evaluation.picture_coding import open_judge, reconstruct
 from anygen.evaluation.picture_samples import Bytes, RealPictures
 from anygen.evaluation.pictures import EXPLAINED, Evaluation, Figure, evaluate_pictures
-from anygen.files import publishing, write_json
+from anygen.files import MANIFEST, publishing, write_json
 from tokenizers_mm.image import KIND, ImageTokenizer
 
 REPORT, PAGE = "report.json", "index.html"
@@ -79,8 +79,9 @@ def evaluate_folder(
         AnyGenError: tokenizer, data or teacher are broken, or a package is missing.
     """
     out = out.resolve()
-    if out.exists() and not (out / REPORT).is_file() and (out.is_file() or any(out.iterdir())):
-        raise InputError(f"{out} exists and is not an evaluation: choose a new folder")
+    ours = {REPORT, PAGE, MANIFEST}
+    if out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - ours):  # it will be replaced whole
+        raise InputError(f"{out} exists and holds more than an evaluation: choose a new folder")
     data = data or folder.resolve().parent.parent / "data"
     if not any(data.glob("*.tar")):
         raise InputError(f"there are no record shards (*.tar) in {data}: name the folder of stage data with --data")

@@ -29,6 +29,9 @@ class StageConfig(Config):
         """Where this stage works."""
         return self.root / self.stage
 
+    def check(self) -> None:
+        """Raise where the stage cannot run: it is asked before earlier work of another recipe is moved aside."""
+
     def outside_inputs(self) -> Mapping[str, str]:
         """Fingerprints of what the stage reads from outside the run; the stage is done anew when they change."""
         return {}

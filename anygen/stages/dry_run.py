@@ -5,6 +5,7 @@ All runs on torch's `meta` device, which has shapes and no values: a recipe for 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ def weigh_image_tokenizer(config: ImageTokenizerConfig, teacher: VisionTeacher |
 
     Args:
         config: the recipe.
-        teacher: its teacher where there is one at hand; its cost is left out otherwise.
+        teacher: its teacher where there is one at hand; its forward pass is left out otherwise.
 
     Returns:
         JSON-able facts. FLOPs are of matrix products and convolutions; memory is of weights, optimizer and saved
@@ -89,7 +90,11 @@ def weigh_image_tokenizer(config: ImageTokenizerConfig, teacher: VisionTeacher |
     # the search of the nearest code is one more product, which the meta run leaves out
     tokens = config.batch_size * rows * rows * encoder_config.quantizer.num_codebooks
     search = 2e-9 * tokens * encoder_config.codebook_size * encoder_config.code_dim
-    phases["vqkd"]["GFLOP per step"] = round(phases["vqkd"]["GFLOP per step"] + search, 1)
+    phases["vqkd"]["GFLOP per step"] = round(
+        phases["vqkd"]["GFLOP per step"] + search + _look(teacher, pixels, grid_hw), 1
+    )
+    # similarities in fp32 and one-hot codes in int64, as vector_quantize_pytorch holds them at once
+    phases["vqkd"]["GB quantiser"] = round(12e-9 * tokens * encoder_config.codebook_size, 2)
     return {
         "codes per picture": rows * rows * encoder_config.quantizer.num_codebooks,
         "parameters": {name: _num_parameters(part) for name, part in parts.items()},
@@ -123,6 +128,16 @@ def _phase(
         "GB weights and optimizer": round(_BYTES_PER_PARAMETER * trained / 1e9, 3),
         "GB activations": round(scale * sum(saved.values()) / 1e9, 2),
     }
+
+
+def _look(teacher: VisionTeacher | None, pixels_BCHW: Tensor, grid_hw: tuple[int, int]) -> float:
+    """GFLOP of the teacher's look at a batch."""
+    if teacher is None:
+        return 0.0
+    shapes = copy.deepcopy(teacher).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        shapes(pixels_BCHW, grid_hw)
+    return counter.get_total_flops() / 1e9
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -18,14 +18,8 @@ from anygen.errors import ConfigError
 from anygen.files import publishing, sha256_of
 from anygen.seeding import borrowed_randomness, seed_of
 from anygen.stages.base import StageConfig, StageResult, open_records
-from anygen.stages.picture_phases import (
-    Distillation,
-    DistillationLoss,
-    Drawing,
-    DrawingLoss,
-    PictureBatches,
-    make_vqkd,
-)
+from anygen.stages.picture_losses import DistillationLoss, DrawingLoss
+from anygen.stages.picture_phases import Distillation, Drawing, PictureBatches, make_vqkd
 from anygen.training.loop import LoopConfig, train
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.patchgan import PatchGANConfig
@@ -75,17 +69,30 @@ class ImageTokenizerConfig(StageConfig):
     def _fits(self) -> Self:
         if not (self.deep_weight or self.shallow_weight or self.pixel_weight):
             raise ValueError("nothing to learn from: one of deep_weight, shallow_weight, pixel_weight must be above 0")
+        seen = 4 * 2**self.adversarial.layers
+        if self.adversarial.weight and self.encoder.side_px < seen:
+            raise ValueError(
+                f"adversarial.layers={self.adversarial.layers} needs pictures of {seen} px or more; "
+                f"side_px is {self.encoder.side_px}"
+            )
+        if self.structure_weight and self.encoder.side_px < 11:
+            raise ValueError(f"structure_weight needs pictures of 11 px or more; side_px is {self.encoder.side_px}")
         if self.steps_without_quantiser >= self.vqkd_loop.steps:
             raise ValueError(f"steps_without_quantiser={self.steps_without_quantiser} leaves no step with codes")
         if self.head_start == "joint" and not self.pixel_weight:
             raise ValueError("head_start: joint needs pixel_weight above 0, otherwise no head has been trained")
         return self
 
+    def check(self) -> None:
+        """A teacher that cannot be used is told before anything is moved or trained."""
+        open_teacher(self)
+
     def outside_inputs(self) -> Mapping[str, str]:
-        """The weights of a teacher that does not come from this run."""
+        """The files of a teacher that does not come from this run."""
         if self.teacher.path is None or not self.has_teacher:
             return {}
-        return {path.name: sha256_of(path) for path in sorted(self.teacher.path.glob("*.safetensors"))}
+        files = [*self.teacher.path.glob("*.safetensors"), *self.teacher.path.glob("*.json")]
+        return {path.name: sha256_of(path) for path in sorted(files)}
 
 
 def main(config: ImageTokenizerConfig) -> StageResult:

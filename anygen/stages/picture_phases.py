@@ -5,25 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anygen.data.augmentation import AugmentationConfig, augment
 from anygen.data.pictures import PictureSet
 from anygen.seeding import borrowed_randomness
 from anygen.stages.base import Shuffled
+from anygen.stages.picture_losses import DistillationLoss, DrawingLoss
 from tokenizers_mm.image import ImageTokenizer
-from tokenizers_mm.patchgan import (
-    PatchDiscriminator,
-    PatchGANConfig,
-    adaptive_weight,
-    discriminator_loss,
-    head_loss,
-)
-from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, pixel_loss
-from tokenizers_mm.ssim import structural_similarity
-from tokenizers_mm.teacher import TeacherConfig, TeacherFeatures, VisionTeacher
-from tokenizers_mm.usage import UsageMonitor, usage_of
+from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
+from tokenizers_mm.teacher import TeacherConfig, VisionTeacher
+from tokenizers_mm.usage import usage_of
 from tokenizers_mm.vqkd import VQKD, VQKDConfig
 
 
@@ -57,65 +49,6 @@ class PictureBatches:
         self.order.position = int(state["position"])
 
 
-class DistillationLoss(nn.Module):
-    """VQ-KD's losses, weighted, and the monitor of its codebook."""
-
-    def __init__(
-        self,
-        vqkd: VQKD,
-        teacher: VisionTeacher | None,
-        config: VQKDConfig,
-        *,
-        weights: dict[str, float],
-        steps_without_quantiser: int,
-        usage_window: int,
-        usage_alarm: float,
-    ) -> None:
-        super().__init__()
-        self.vqkd, self._weights, self._start = vqkd, weights, steps_without_quantiser
-        self._step: Tensor
-        self.register_buffer("_step", torch.zeros((), dtype=torch.long))
-        self._teacher = [teacher]  # in a list: frozen, and no part of this module's state
-        books = config.quantizer.num_codebooks
-        self.monitors = nn.ModuleList(
-            UsageMonitor(config.codebook_size, window=usage_window, alarm=usage_alarm) for _ in range(books)
-        )
-
-    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels to the weighted loss and its parts."""
-        quantise = int(self._step) >= self._start
-        self._step += 1
-        losses = self.vqkd(pixels_BCHW, self.target(pixels_BCHW), quantise=quantise)
-        parts = {
-            "deep": losses.deep,
-            "shallow": losses.shallow,
-            "commitment": losses.commitment,
-            "pixels": losses.pixels,
-        }
-        loss = torch.stack([self._weights[name] * part for name, part in parts.items()]).sum()
-        if losses.codes is None:
-            return loss, parts
-        codes_BKN = losses.codes[:, None] if losses.codes.ndim == 2 else losses.codes
-        for book, monitor in enumerate(self.monitors):
-            figures = monitor.update(codes_BKN[:, book])  # type: ignore[operator]
-            parts |= {f"{name}{book or ''}": value for name, value in figures.items()}
-        return loss, parts
-
-    def target(self, pixels_BCHW: Tensor) -> TeacherFeatures | None:
-        """What the codes are to say; None without a teacher."""
-        teacher, patch = self._teacher[0], self.vqkd.patch_px
-        if teacher is None:
-            return None
-        features: TeacherFeatures = teacher(pixels_BCHW, (pixels_BCHW.shape[2] // patch, pixels_BCHW.shape[3] // patch))
-        return features
-
-    def to(self, *args: Any, **kwargs: Any) -> DistillationLoss:
-        """The teacher moves with the rest."""
-        if self._teacher[0] is not None:
-            self._teacher[0].to(*args, **kwargs)
-        return super().to(*args, **kwargs)
-
-
 class Distillation:
     """Trainee of the first phase."""
 
@@ -142,18 +75,25 @@ class Distillation:
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
         """Figures on held-out pictures, in fp32."""
         vqkd = self.losses.vqkd
+        started = vqkd.encoder.is_started  # otherwise k-means would start on held-out pictures
         codes, losses = [], []
         for pixels in self._batches.held_out.batches(device):
-            found = vqkd(pixels, self.losses.target(pixels))
-            codes.append(found.codes.cpu())
+            found = vqkd(pixels, self.losses.target(pixels), quantise=started)
             losses.append(torch.stack([found.deep, found.shallow, found.pixels]) * len(pixels))
+            if found.codes is not None:
+                codes.append(found.codes.cpu())
         means = (torch.stack(losses).sum(0) / len(self._batches.held_out)).tolist()
-        usage, perplexity = usage_of(torch.cat(codes), self._config.codebook_size)
-        return {
-            "usage": usage,
-            "perplexity": perplexity,
-            **dict(zip(("deep", "shallow", "pixels"), means, strict=True)),
-        }
+        figures = dict(zip(("deep", "shallow", "pixels"), means, strict=True))
+        return figures | (self._usage(torch.cat(codes)) if codes else {})
+
+    def _usage(self, codes: Tensor) -> dict[str, float]:
+        """Of each codebook; the first has no number."""
+        codes_BKN = codes[:, None] if codes.ndim == 2 else codes
+        figures: dict[str, float] = {}
+        for book in range(codes_BKN.shape[1]):
+            usage, perplexity = usage_of(codes_BKN[:, book], self._config.codebook_size)
+            figures |= {f"usage{book or ''}": usage, f"perplexity{book or ''}": perplexity}
+        return figures
 
     def compile(self) -> None:
         """Compile the repeated blocks."""
@@ -162,65 +102,6 @@ class Distillation:
         for transformer in (vqkd.encoder.encoder.transformer, vqkd.features.transformer, *heads):
             for block in transformer.blocks:
                 block.compile()
-
-
-class DrawingLoss(nn.Module):
-    """L1 and MSE, SSIM, the teacher's shallow features, and late in training the judgement of a PatchGAN."""
-
-    def __init__(
-        self,
-        head: PixelHead,
-        grid_hw: tuple[int, int],
-        teacher: VisionTeacher | None,
-        *,
-        perceptual_weight: float,
-        structure_weight: float,
-        gan: PatchGANConfig,
-        gan_start: int,
-    ) -> None:
-        super().__init__()
-        self.head, self._grid_hw, self._teacher = head, grid_hw, [teacher]
-        self._perceptual_weight, self._structure_weight = perceptual_weight, structure_weight
-        self._gan, self._gan_start = gan, gan_start
-        self.discriminator = PatchDiscriminator(gan) if gan.weight else None
-        self._step: Tensor
-        self.register_buffer("_step", torch.zeros((), dtype=torch.long))
-
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(code vectors, pixels) to the loss and its parts."""
-        vectors_BNX, pixels_BCHW = batch
-        drawn_BCHW = self.head(vectors_BNX, self._grid_hw).float()
-        loss = pixel_loss(drawn_BCHW, pixels_BCHW)
-        report = {"mse": F.mse_loss(drawn_BCHW, pixels_BCHW)}
-        if self._structure_weight:
-            with torch.autocast(drawn_BCHW.device.type, enabled=False):  # differences of squares need fp32
-                report["ssim"] = structural_similarity(drawn_BCHW, pixels_BCHW)
-            loss = loss + self._structure_weight * (1 - report["ssim"])
-        if (teacher := self._teacher[0]) is not None and self._perceptual_weight:
-            target = teacher(pixels_BCHW, self._grid_hw).shallow_BND
-            perceptual = F.mse_loss(teacher.differentiable(drawn_BCHW, self._grid_hw), target)
-            loss = loss + self._perceptual_weight * perceptual
-            report["perceptual"] = perceptual
-        if self.discriminator is not None:
-            self._step += 1
-            if int(self._step) > self._gan_start:
-                loss, judged = self._judged(loss, drawn_BCHW, pixels_BCHW)
-                report |= judged
-        return loss, report
-
-    def _judged(self, loss: Tensor, drawn_BCHW: Tensor, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both sides in one loss: neither gradient reaches the other side's weights."""
-        assert self.discriminator is not None
-        ours = head_loss(self.discriminator, drawn_BCHW)
-        weight = adaptive_weight(loss, ours, self.head.to_pixels.weight) if self._gan.adaptive else 1.0
-        theirs = discriminator_loss(self.discriminator(pixels_BCHW), self.discriminator(drawn_BCHW.detach()))
-        return loss + self._gan.weight * weight * ours + theirs, {"adversarial": ours, "discriminator": theirs}
-
-    def to(self, *args: Any, **kwargs: Any) -> DrawingLoss:
-        """The teacher moves with the rest."""
-        if self._teacher[0] is not None:
-            self._teacher[0].to(*args, **kwargs)
-        return super().to(*args, **kwargs)
 
 
 class Drawing:
@@ -240,14 +121,14 @@ class Drawing:
         """(code vectors, pixels) where the module is; the codes are found there too, in fp32."""
         items, pixels = batch[0], batch[1].to(device)
         self._tokenizer.to(device)
+        if not self._keeps_codes:  # the next time a picture comes it is another one
+            return self._tokenizer.encoder.vectors_of(self._tokenizer.encode_pixels(pixels).to(device)), pixels
         missing = [place for place, item in enumerate(items) if item not in self._codes]
         if missing:
             found = self._tokenizer.encode_pixels(pixels[missing])
             self._codes |= {items[place]: codes for place, codes in zip(missing, found, strict=True)}
-        vectors = self._tokenizer.encoder.vectors_of(torch.stack([self._codes[item] for item in items]).to(device))
-        if not self._keeps_codes:  # the next time a picture comes it is another one
-            self._codes.clear()
-        return vectors, pixels
+        codes = torch.stack([self._codes[item] for item in items])
+        return self._tokenizer.encoder.vectors_of(codes.to(device)), pixels
 
     def state(self) -> dict[str, Any]:
         """JSON-able position in the stream of batches."""
@@ -259,6 +140,7 @@ class Drawing:
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
         """Figures on held-out pictures, in fp32."""
+        self._tokenizer.to(device)  # a run that was stopped after its last step comes here first
         errors = []
         for pixels in self._batches.held_out.batches(torch.device("cpu")):
             codes = self._tokenizer.encode_pixels(pixels)

@@ -117,6 +117,7 @@ def _run_locked(config: StageConfig) -> StageResult:
     if done is not None:
         logger.info("%s: done and unchanged", config.stage)
         return done
+    config.check()
     _move_aside_if_other(config, identity)
     config.folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(config.folder)
@@ -142,6 +143,11 @@ def _identity(config: StageConfig) -> str:
         path = config.root / need / STAGE_JSON
         if path.exists():
             inputs[need] = read_json(path)["identity"]
+        elif (config.root / need / STARTED_JSON).exists():
+            raise ConfigError(
+                f"stage {config.stage} reads stage {need}, which was begun in {config.root} and is not finished: "
+                f"run it again, or remove {config.root / need}"
+            )
         elif need not in OPTIONAL:
             raise ConfigError(f"stage {config.stage} reads stage {need}, which has not been run in {config.root}")
     facts = {"config": config.model_dump(mode="json", exclude={"root"}), "inputs": inputs}

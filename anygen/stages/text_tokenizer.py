@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from anygen.data.records import RecordStore
+from anygen.errors import DataError
 from anygen.stages.base import StageConfig, StageResult, open_records
 from tokenizers_mm.text import MODEL_FILE, train_text_tokenizer
 
@@ -23,6 +24,11 @@ class TextTokenizerConfig(StageConfig):
 def main(config: TextTokenizerConfig) -> StageResult:
     """Train and save the tokenizer."""
     sentences = list(texts_of(open_records(config.root, "train")))
+    if not any(sentences):
+        raise DataError(
+            "no record has a text: add captions (metadata.jsonl, or a folder for each class). Picture codes alone need "
+            "neither this stage nor stage teacher: name a vision model in teacher.path, or learn from pixels only"
+        )
     tokenizer = train_text_tokenizer(sentences, vocabulary_size=config.vocabulary_size)
     tokenizer.save(config.folder)
     pieces = sum(tokenizer.encode(sentence).num_steps for sentence in sentences)

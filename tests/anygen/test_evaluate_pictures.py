@@ -314,7 +314,8 @@ def test_a_teacher_that_does_not_fit_is_refused(run: Path) -> None:
 def test_nothing_foreign_is_overwritten_and_options_belong_to_what_is_evaluated(run: Path, tmp_path: Path) -> None:
     folder = run / "image_tokenizer" / "tokenizer"
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="not an evaluation"):
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(InputError, match="more than an evaluation"):
         evaluate_folder(folder, out=tmp_path)
     for arguments in (["evaluate", str(folder), "--direction", "text>image"], ["evaluate", "--data", str(tmp_path)]):
         with pytest.raises(InputError, match="--d"):

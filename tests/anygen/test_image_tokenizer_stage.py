@@ -20,6 +20,7 @@ from anygen.stages import image_tokenizer
 from anygen.stages.dry_run import weigh
 from anygen.stages.image_tokenizer import ImageTokenizerConfig
 from anygen.stages.run import load_recipe, run_stage
+from anygen.stages.tokenize import TokenizeConfig
 from tokenizers_mm.features import FeatureDecoder
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.teacher import VisionTeacher
@@ -76,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "perceptual and judged": {
         "perceptual_weight": 0.5,
         "structure_weight": 0.5,
-        "adversarial": {"weight": 0.5, "start_share": 0.5, "channels": 8},
+        "adversarial": {"weight": 0.5, "start_share": 0.5, "channels": 8, "layers": 1},
     },
     "augmented": {"augmentation": {"crop_scale": [0.5, 1.0], "flip": 0.5}},
     "finer grid": {"encoder": {"patch_px": 4}},
@@ -169,6 +170,8 @@ def test_without_replacement_the_run_says_that_its_codebook_collapses(
 def test_recipes_that_cannot_work_are_refused(root: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to learn from"):
         recipe_of(root, deep_weight=0.0, shallow_weight=0.0)
+    with pytest.raises(ConfigError, match="needs pictures of 32 px or more"):
+        recipe_of(root, adversarial={"weight": 1.0, "layers": 3})
     with pytest.raises(ConfigError, match="joint needs pixel_weight"):
         recipe_of(root, head_start="joint")
     empty = tmp_path / "run"
@@ -176,6 +179,27 @@ def test_recipes_that_cannot_work_are_refused(root: Path, tmp_path: Path) -> Non
     (empty / "data").symlink_to(root / "data")
     with pytest.raises(ConfigError, match=r"there is no teacher in .*teacher\.path"):
         run_stage(recipe_of(empty))
+
+
+def test_a_mistake_leaves_finished_work_where_it_is(root: Path, tmp_path: Path) -> None:
+    run = work_in(root, tmp_path / "run")
+    done = recipe_of(run, steps=2, head_steps=1)
+    run_stage(done)
+    for teacher in ({"path": "nowhere"}, {"shallow_layer": 9}):
+        with pytest.raises(ConfigError):
+            run_stage(recipe_of(run, steps=2, head_steps=1, teacher=teacher))
+    assert (done.folder / "tokenizer").is_dir() and not (run / "old").exists()
+    (done.folder / "stage.json").unlink()
+    with pytest.raises(ConfigError, match=r"was begun in .* and is not finished"):
+        run_stage(TokenizeConfig(root=run))
+
+
+def test_validation_before_the_codes_begin_does_not_start_them(root: Path, tmp_path: Path) -> None:
+    config = recipe_of(work_in(root, tmp_path / "run"), steps_without_quantiser=2, vqkd_loop={"validate_every": 1})
+    run_stage(config)
+    rows = [json.loads(line) for line in (config.folder / "vqkd" / "metrics.jsonl").read_text().splitlines()]
+    assert ["validation_usage" in row for row in rows] == [False, False, True, True]
+    assert all("validation_deep" in row for row in rows)
 
 
 def test_the_cost_of_a_recipe_is_known_before_it_runs(root: Path) -> None:

@@ -144,7 +144,9 @@ def test_any_grid_and_any_picture(image_tokenizer: ImageTokenizer) -> None:
     assert squared.size == (16, 16) and squared.getpixel((8, 0)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(("size", "grid_hw"), [((50, 10), (1, 4)), ((10, 50), (4, 1)), ((9, 9), (2, 2)), ((900, 1), (1, 8))])
+@pytest.mark.parametrize(
+    ("size", "grid_hw"), [((50, 10), (1, 4)), ((10, 50), (4, 1)), ((9, 9), (2, 2)), ((900, 1), (1, 8))]
+)
 def test_a_picture_may_keep_its_shape(
     image_tokenizer: ImageTokenizer, size: tuple[int, int], grid_hw: tuple[int, int]
 ) -> None:

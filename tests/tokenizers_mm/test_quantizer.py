@@ -88,6 +88,15 @@ def test_every_kind_has_gradients_and_is_exact_in_eval(fields: dict[str, Any]) -
     assert torch.equal(alone, codes), "codes do not depend on the batch"
 
 
+@pytest.mark.parametrize("books", [1, 2, 4])
+def test_the_gradient_passes_once_however_many_codebooks(books: int) -> None:
+    quantizer = quantizer_of(num_codebooks=books, distance="euclidean", gradient="straight_through")
+    z = vectors().requires_grad_()
+    quantised, _, _ = quantizer(z)
+    (gradient,) = torch.autograd.grad(quantised, z, torch.ones_like(quantised))
+    assert torch.allclose(gradient, torch.ones_like(gradient))
+
+
 def test_residual_codebooks_come_nearer_with_each() -> None:
     quantizer = quantizer_of(num_codebooks=3, dead_hits=0.5)
     assert isinstance(quantizer, ResidualQuantizer)
@@ -109,6 +118,8 @@ def test_residual_codebooks_come_nearer_with_each() -> None:
         ({"options": {"codebook_size": 3}}, "has no 'codebook_size'"),
         ({"options": {"orthogonal_reg_weight": 1.0}}, "does nothing while EMA"),
         ({"update": "gradient"}, "needs distance: euclidean"),
+        ({"options": {"directional_reparam": True}}, "VectorQuantize refuses this combination"),
+        ({"options": {"affine_param": True}, "distance": "euclidean"}, "has no 'affine_param'"),
         ({"update": "norm_ema", "num_codebooks": 2}, "one cosine codebook"),
     ],
 )

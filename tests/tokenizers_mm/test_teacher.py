@@ -430,13 +430,17 @@ def test_other_models_are_refused(name: str, tmp_path: Path) -> None:
         VisionTeacher.open(TeacherConfig(path=tmp_path))
 
 
-@pytest.mark.parametrize("fault", ["empty", "no-weights", "junk", "no-processor", "std", "code", "tensor", "pickle"])
+@pytest.mark.parametrize("fault", ["absent", "empty", "no-weights", "junk", "no-processor", "std", "code", "tensor", "pickle"])
 def test_broken_folders(fault: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders("dinov2"), tmp_path / "broken")
     config, weights, processor = (folder / n for n in ("config.json", "model.safetensors", "preprocessor_config.json"))
     message = "no usable vision model"
-    if fault == "empty":
+    if fault == "absent":
         shutil.rmtree(folder)
+        message = "there is no folder"
+    elif fault == "empty":
+        for file in folder.iterdir():
+            file.unlink()
     elif fault == "no-weights":
         weights.unlink()
     elif fault == "pickle":
@@ -456,7 +460,7 @@ def test_broken_folders(fault: str, folders: Callable[[str], Path], tmp_path: Pa
         tensors.pop("encoder.layer.1.norm1.weight")
         save_file(tensors, weights, metadata={"format": "pt"})
         message = "lacks 1 tensors of a Dinov2Model, encoder.layer.1.norm1.weight the first"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(ConfigError if fault == "absent" else CheckpointError, match=message):
         VisionTeacher.open(TeacherConfig(path=folder))
 
 

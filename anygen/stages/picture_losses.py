@@ -1,0 +1,140 @@
+"""What the two phases of a picture tokenizer minimise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenizers_mm.patchgan import (
+    PatchDiscriminator,
+    PatchGANConfig,
+    adaptive_weight,
+    discriminator_loss,
+    head_loss,
+)
+from tokenizers_mm.pixels import PixelHead, pixel_loss
+from tokenizers_mm.ssim import structural_similarity
+from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
+from tokenizers_mm.usage import UsageMonitor
+from tokenizers_mm.vqkd import VQKD, VQKDConfig
+
+
+class DistillationLoss(nn.Module):
+    """VQ-KD's losses, weighted, and the monitor of its codebook."""
+
+    def __init__(
+        self,
+        vqkd: VQKD,
+        teacher: VisionTeacher | None,
+        config: VQKDConfig,
+        *,
+        weights: dict[str, float],
+        steps_without_quantiser: int,
+        usage_window: int,
+        usage_alarm: float,
+    ) -> None:
+        super().__init__()
+        self.vqkd, self._weights, self._start = vqkd, weights, steps_without_quantiser
+        self._step: Tensor
+        self.register_buffer("_step", torch.zeros((), dtype=torch.long))
+        self._teacher = [teacher]  # in a list: frozen, and no part of this module's state
+        books = config.quantizer.num_codebooks
+        self.monitors = nn.ModuleList(
+            UsageMonitor(config.codebook_size, window=usage_window, alarm=usage_alarm) for _ in range(books)
+        )
+
+    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixels to the weighted loss and its parts."""
+        quantise = int(self._step) >= self._start
+        self._step += 1
+        losses = self.vqkd(pixels_BCHW, self.target(pixels_BCHW), quantise=quantise)
+        parts = {
+            "deep": losses.deep,
+            "shallow": losses.shallow,
+            "commitment": losses.commitment,
+            "pixels": losses.pixels,
+        }
+        loss = torch.stack([self._weights[name] * part for name, part in parts.items()]).sum()
+        if losses.codes is None:
+            return loss, parts
+        codes_BKN = losses.codes[:, None] if losses.codes.ndim == 2 else losses.codes
+        for book, monitor in enumerate(self.monitors):
+            figures = monitor.update(codes_BKN[:, book])  # type: ignore[operator]
+            parts |= {f"{name}{book or ''}": value for name, value in figures.items()}
+        return loss, parts
+
+    def target(self, pixels_BCHW: Tensor) -> TeacherFeatures | None:
+        """What the codes are to say; None without a teacher."""
+        teacher, patch = self._teacher[0], self.vqkd.patch_px
+        if teacher is None:
+            return None
+        features: TeacherFeatures = teacher(pixels_BCHW, (pixels_BCHW.shape[2] // patch, pixels_BCHW.shape[3] // patch))
+        return features
+
+    def to(self, *args: Any, **kwargs: Any) -> DistillationLoss:
+        """The teacher moves with the rest."""
+        if self._teacher[0] is not None:
+            self._teacher[0].to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+
+class DrawingLoss(nn.Module):
+    """L1 and MSE, SSIM, the teacher's shallow features, and late in training the judgement of a PatchGAN."""
+
+    def __init__(
+        self,
+        head: PixelHead,
+        grid_hw: tuple[int, int],
+        teacher: VisionTeacher | None,
+        *,
+        perceptual_weight: float,
+        structure_weight: float,
+        gan: PatchGANConfig,
+        gan_start: int,
+    ) -> None:
+        super().__init__()
+        self.head, self._grid_hw, self._teacher = head, grid_hw, [teacher]
+        self._perceptual_weight, self._structure_weight = perceptual_weight, structure_weight
+        self._gan, self._gan_start = gan, gan_start
+        self.discriminator = PatchDiscriminator(gan) if gan.weight else None
+        self._step: Tensor
+        self.register_buffer("_step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(code vectors, pixels) to the loss and its parts."""
+        vectors_BNX, pixels_BCHW = batch
+        drawn_BCHW = self.head(vectors_BNX, self._grid_hw).float()
+        loss = pixel_loss(drawn_BCHW, pixels_BCHW)
+        report = {"mse": F.mse_loss(drawn_BCHW, pixels_BCHW)}
+        if self._structure_weight:
+            with torch.autocast(drawn_BCHW.device.type, enabled=False):  # differences of squares need fp32
+                report["ssim"] = structural_similarity(drawn_BCHW, pixels_BCHW)
+            loss = loss + self._structure_weight * (1 - report["ssim"])
+        if (teacher := self._teacher[0]) is not None and self._perceptual_weight:
+            target = teacher(pixels_BCHW, self._grid_hw).shallow_BND
+            perceptual = F.mse_loss(teacher.differentiable(drawn_BCHW, self._grid_hw), target)
+            loss = loss + self._perceptual_weight * perceptual
+            report["perceptual"] = perceptual
+        if self.discriminator is not None:
+            self._step += 1
+            if int(self._step) > self._gan_start:
+                loss, judged = self._judged(loss, drawn_BCHW, pixels_BCHW)
+                report |= judged
+        return loss, report
+
+    def _judged(self, loss: Tensor, drawn_BCHW: Tensor, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both sides in one loss: neither gradient reaches the other side's weights."""
+        assert self.discriminator is not None
+        ours = head_loss(self.discriminator, drawn_BCHW)
+        weight = adaptive_weight(loss, ours, self.head.to_pixels.weight) if self._gan.adaptive else 1.0
+        theirs = discriminator_loss(self.discriminator(pixels_BCHW), self.discriminator(drawn_BCHW.detach()))
+        return loss + self._gan.weight * weight * ours + theirs, {"adversarial": ours, "discriminator": theirs}
+
+    def to(self, *args: Any, **kwargs: Any) -> DrawingLoss:
+        """The teacher moves with the rest."""
+        if self._teacher[0] is not None:
+            self._teacher[0].to(*args, **kwargs)
+        return super().to(*args, **kwargs)
