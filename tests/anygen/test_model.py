@@ -168,7 +168,7 @@ def test_loss_is_the_weighted_plain_loss_with_shifted_z_loss(tiny_model: Any, se
             if group == "image" and sequence.target_S[place + 1]:
                 image_nll.append(nll.item())
         at += len(sequence)
-    assert loss.item() == pytest.approx(float(total / weight_sum), rel=1e-5)
+    assert loss.item() == pytest.approx((total / weight_sum).item(), rel=1e-5)
     assert float(report["image_nats"]) == pytest.approx(float(np.mean(image_nll)), rel=1e-5)
     assert torch.isnan(report["audio_nats"]), "a modality that a batch lacks is not reported as zero"
 

@@ -430,7 +430,9 @@ def test_other_models_are_refused(name: str, tmp_path: Path) -> None:
         VisionTeacher.open(TeacherConfig(path=tmp_path))
 
 
-@pytest.mark.parametrize("fault", ["absent", "empty", "no-weights", "junk", "no-processor", "std", "code", "tensor", "pickle"])
+@pytest.mark.parametrize(
+    "fault", ["absent", "empty", "no-weights", "junk", "no-processor", "std", "code", "tensor", "pickle"]
+)
 def test_broken_folders(fault: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
     folder = shutil.copytree(folders("dinov2"), tmp_path / "broken")
     config, weights, processor = (folder / n for n in ("config.json", "model.safetensors", "preprocessor_config.json"))
