@@ -66,7 +66,8 @@ class QuantizerConfig(Config):
         try:
             make_quantizer(self, dim=2, codebook_size=2, decay=0.9, dead_hits=0.5)
         except AssertionError as error:
-            raise ValueError(f"VectorQuantize refuses this combination: {error}") from error
+            reason = f": {error}" if str(error) else "; leave one of the options out"
+            raise ValueError(f"VectorQuantize refuses this combination{reason}") from error
         return self
 
 
