@@ -46,7 +46,7 @@ class PictureSet:
             self._cache[item] = pixels
         return pixels
 
-    def batches(self, device: torch.device, size: int = 128) -> Iterator[Tensor]:
+    def batches(self, device: torch.device, size: int = 64) -> Iterator[Tensor]:
         """All pictures in order, B x C x H x W in [0, 1]."""
         for start in range(0, len(self), size):
             yield self.pixels(list(range(start, min(start + size, len(self))))).to(device)
