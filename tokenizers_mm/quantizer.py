@@ -63,12 +63,18 @@ class QuantizerConfig(Config):
             raise ValueError("update: gradient needs distance: euclidean")
         if self.update == "norm_ema" and (self.distance != "cosine" or self.num_codebooks > 1 or self.options):
             raise ValueError("update: norm_ema is BEiT v2's rule: one cosine codebook, no other options")
+        if self.options or self.update == "gradient":
+            self._try()
+        return self
+
+    def _try(self) -> None:
+        """What the library asserts only when it is built is told while the recipe is read."""
         try:
-            make_quantizer(self, dim=2, codebook_size=2, decay=0.9, dead_hits=0.5)
+            with torch.random.fork_rng(devices=[]):
+                make_quantizer(self, dim=2, codebook_size=2, decay=0.9, dead_hits=0.5)
         except AssertionError as error:
             reason = f": {error}" if str(error) else "; leave one of the options out"
             raise ValueError(f"VectorQuantize refuses this combination{reason}") from error
-        return self
 
 
 def make_quantizer(

@@ -44,7 +44,7 @@ def weigh_image_tokenizer(config: ImageTokenizerConfig, teacher: VisionTeacher |
 
     Args:
         config: the recipe.
-        teacher: its teacher where there is one at hand; its forward pass is left out otherwise.
+        teacher: its teacher where there is one at hand; its work is left out otherwise.
 
     Returns:
         JSON-able facts. FLOPs are of matrix products and convolutions; memory is of weights, optimizer and saved
@@ -53,6 +53,7 @@ def weigh_image_tokenizer(config: ImageTokenizerConfig, teacher: VisionTeacher |
     encoder_config = config.encoder
     rows = encoder_config.side_px // encoder_config.patch_px
     grid_hw = (rows, rows)
+    eyes = copy.deepcopy(teacher).to("meta") if teacher else None
     with torch.device("meta"):
         encoder = PictureEncoder(encoder_config)
         features = FeatureDecoder(
@@ -71,6 +72,8 @@ def weigh_image_tokenizer(config: ImageTokenizerConfig, teacher: VisionTeacher |
         vectors = torch.empty(config.batch_size, rows * rows, encoder_config.code_dim)
 
         def distil() -> Tensor:
+            if eyes is not None and (config.deep_weight or config.shallow_weight):
+                eyes(pixels, grid_hw)
             z_BNX = encoder.to_code(encoder.encoder(pixels))
             found = features(z_BNX, grid_hw)
             loss = found.deep_BND.sum() + found.shallow_BND.sum()
@@ -78,23 +81,25 @@ def weigh_image_tokenizer(config: ImageTokenizerConfig, teacher: VisionTeacher |
 
         def draw() -> Tensor:
             drawn = head(vectors, grid_hw)
-            return drawn.sum() if gan is None else drawn.sum() + gan(drawn).sum() + gan(pixels).sum()
+            loss = drawn.sum() if gan is None else drawn.sum() + gan(drawn).sum() + gan(pixels).sum()
+            if eyes is not None and config.perceptual_weight:
+                eyes(pixels, grid_hw)
+                loss = loss + eyes.differentiable(drawn, grid_hw).sum()
+            return loss
 
         parts: dict[str, nn.Module] = {"encoder": encoder, "features": features, "pixel head": head}
         parts |= {"discriminator": gan} if gan is not None else {}
         first = [encoder, features, *([head] if config.pixel_weight else [])]
         phases = {
-            "vqkd": _phase(distil, first, config.vqkd_loop, config.batch_size),
-            "pixels": _phase(draw, [head, *([gan] if gan is not None else [])], config.head_loop, config.batch_size),
+            "vqkd": _phase(distil, first, eyes, config.vqkd_loop, config.batch_size),
+            "pixels": _phase(draw, [head, *([gan] if gan else [])], eyes, config.head_loop, config.batch_size),
         }
     # the search of the nearest code is one more product, which the meta run leaves out
     tokens = config.batch_size * rows * rows * encoder_config.quantizer.num_codebooks
     search = 2e-9 * tokens * encoder_config.codebook_size * encoder_config.code_dim
-    phases["vqkd"]["GFLOP per step"] = round(
-        phases["vqkd"]["GFLOP per step"] + search + _look(teacher, pixels, grid_hw), 1
-    )
+    phases["vqkd"]["GFLOP per step"] = _figure(phases["vqkd"]["GFLOP per step"] + search)
     # similarities in fp32 and one-hot codes in int64, as vector_quantize_pytorch holds them at once
-    phases["vqkd"]["GB quantiser"] = round(12e-9 * tokens * encoder_config.codebook_size, 2)
+    phases["vqkd"]["GB quantiser"] = _figure(12e-9 * tokens * encoder_config.codebook_size)
     return {
         "codes per picture": rows * rows * encoder_config.quantizer.num_codebooks,
         "parameters": {name: _num_parameters(part) for name, part in parts.items()},
@@ -104,14 +109,21 @@ def weigh_image_tokenizer(config: ImageTokenizerConfig, teacher: VisionTeacher |
 
 
 def _phase(
-    forward: Callable[[], Tensor], modules: list[nn.Module], loop: LoopConfig, batch_size: int
+    forward: Callable[[], Tensor],
+    modules: list[nn.Module],
+    eyes: VisionTeacher | None,
+    loop: LoopConfig,
+    batch_size: int,
 ) -> dict[str, Any]:
     saved: dict[int, int] = {}
-    weights = {id(parameter) for module in modules for parameter in module.parameters()}
+    weights = {
+        p.untyped_storage()._cdata for module in [*modules, *([eyes] if eyes else [])] for p in module.parameters()
+    }
 
     def note(tensor: Tensor) -> Tensor:
-        if id(tensor) not in weights:
-            saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:  # a transposed weight is saved too, and is the weight
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
     with FlopCounterMode(display=False) as counter:
@@ -124,20 +136,14 @@ def _phase(
         "steps": loop.steps,
         "pictures seen": loop.steps * batch_size,
         "trained parameters": trained,
-        "GFLOP per step": round(counter.get_total_flops() / 1e9, 1),
-        "GB weights and optimizer": round(_BYTES_PER_PARAMETER * trained / 1e9, 3),
-        "GB activations": round(scale * sum(saved.values()) / 1e9, 2),
+        "GFLOP per step": _figure(counter.get_total_flops() / 1e9),
+        "GB weights and optimizer": _figure(_BYTES_PER_PARAMETER * trained / 1e9),
+        "GB activations": _figure(scale * sum(saved.values()) / 1e9),
     }
 
 
-def _look(teacher: VisionTeacher | None, pixels_BCHW: Tensor, grid_hw: tuple[int, int]) -> float:
-    """GFLOP of the teacher's look at a batch."""
-    if teacher is None:
-        return 0.0
-    shapes = copy.deepcopy(teacher).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        shapes(pixels_BCHW, grid_hw)
-    return counter.get_total_flops() / 1e9
+def _figure(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -208,9 +208,14 @@ def test_the_cost_of_a_recipe_is_known_before_it_runs(root: Path) -> None:
     assert facts["codes per picture"] == 4 and "CLIP" in facts["teacher"]
     encoder = PictureEncoder(config.encoder)
     assert facts["parameters"]["encoder"] == sum(p.numel() for p in encoder.parameters())
+    untaught = weigh(recipe_of(root, deep_weight=0.0, shallow_weight=0.0, pixel_weight=1e-9))
+    judged = weigh(recipe_of(root, perceptual_weight=1.0))
+    assert judged["pixels"]["GFLOP per step"] > facts["pixels"]["GFLOP per step"], "the teacher looks at both pictures"
+    assert untaught["teacher"] == "not weighed"
     wide = weigh(recipe_of(root, batch_size=32))
     for phase in ("vqkd", "pixels"):
-        assert wide[phase]["GFLOP per step"] == pytest.approx(2 * facts[phase]["GFLOP per step"], abs=0.11)
+        assert wide[phase]["GFLOP per step"] == pytest.approx(2 * facts[phase]["GFLOP per step"], rel=0.01)
+        assert wide[phase]["GB activations"] == pytest.approx(2 * facts[phase]["GB activations"], rel=0.05)
 
 
 def test_base_is_beit_v2s_size_and_weighed_without_its_teacher(tmp_path: Path) -> None:

@@ -128,6 +128,12 @@ def test_options_that_cannot_work_are_refused(fields: dict[str, Any], match: str
         QuantizerConfig(**fields)
 
 
+def test_reading_a_recipe_leaves_the_global_random_state_alone() -> None:
+    before = torch.get_rng_state()
+    QuantizerConfig(options={"stochastic_sample_codes": True})
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def run_away(dead_hits: float, caplog: pytest.LogCaptureFixture) -> list[str]:
     """200 batches of an encoder that moves on: codes that it leaves behind are not hit again."""
     caplog.clear()
