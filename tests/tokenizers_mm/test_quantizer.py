@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +173,10 @@ def _in_process(rank: int, folder: str, update: str) -> None:
     from tokenizers_mm.teacher import TeacherFeatures
     from tokenizers_mm.vqkd import VQKD, VQKDConfig
 
+    faulthandler.dump_traceback_later(240, exit=True)  # no child outlives its test, whatever it waits for
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    meeting = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=200))
     config = VQKDConfig(
         side_px=16,
         width=16,
@@ -198,6 +202,9 @@ def _in_process(rank: int, folder: str, update: str) -> None:
     torch.save(
         {"codebook": vqkd.encoder.codebooks_KVX, "weights": vqkd.encoder.to_code[2].weight}, f"{folder}/{rank}.pt"
     )
+    # DDP's reducer must not be the last to hold the group: its destructor joins gloo's threads with the GIL held, and a
+    # thread that still drops a finished all-reduce waits for the GIL (torch 2.13: seen twice, both hang for ever).
+    del model
     dist.destroy_process_group()
 
 
