@@ -35,6 +35,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pixels": {"deep_weight": 0.0, "shallow_weight": 0.0, "pixel_weight": 10.0, "head_start": "joint"},
     "deep": {"deep_weight": 1.0, "shallow_weight": 0.0},
     "deep + shallow": {"deep_weight": 1.0, "shallow_weight": 1.0},
+    "light teacher + pixels": {
+        "deep_weight": 0.1,
+        "shallow_weight": 0.1,
+        "pixel_weight": 10.0,
+        "head_start": "joint",
+    },
     "deep + shallow + pixels": {
         "deep_weight": 1.0,
         "shallow_weight": 1.0,
@@ -156,11 +162,13 @@ def main() -> None:
     parser.add_argument("--tokenizer-steps", type=int, default=700)
     parser.add_argument("--model-steps", type=int, default=1500)
     parser.add_argument(
-        "--variants", nargs="+", default=["pixels", "deep + shallow + pixels", "deep + shallow", "deep"]
+        "--variants", nargs="+", default=list(VARIANTS), help="which to run; the others' results in OUT stay"
     )
-    parser.add_argument("--tokenizers-only", nargs="*", default=["deep"], help="variants without a transformer")
     options = parser.parse_args()
-    results: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}, "variants": {}}
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"variants": {}}
+    results["options"] = {k: str(v) for k, v in vars(options).items()}
     world = RealEmoji(64)
     plain = {"root": options.run, "vqkd_loop": {"steps": 1}, "head_loop": {"steps": 1}}
     teacher = open_teacher(build(ImageTokenizerConfig, plain, source="teacher"))
@@ -169,7 +177,7 @@ def main() -> None:
         root = tokenizer_of(variant, options.run, options.out, options.tokenizer_steps)
         facts = json.loads((root / "image_tokenizer" / "stage.json").read_text())
         rows: dict[str, Any] = {"tokenizer": facts["metrics"], "seeds": {}}
-        for seed in options.seeds if variant not in options.tokenizers_only else []:
+        for seed in options.seeds:
             bundle, metrics = transformer_of(root, seed, options.model_steps)
             rows["seeds"][seed] = {
                 "validation_bits_per_picture": metrics["validation_image_nats"] * 64 / math.log(2),
@@ -178,7 +186,7 @@ def main() -> None:
             }
             print(variant, seed, json.dumps(rows["seeds"][seed]), flush=True)
         results["variants"][variant] = rows
-        (options.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

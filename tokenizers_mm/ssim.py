@@ -27,6 +27,12 @@ def structural_similarity(left_BCHW: Tensor, right_BCHW: Tensor) -> Tensor:
     return (means * spreads).mean()
 
 
+def structure_loss(drawn_BCHW: Tensor, pixels_BCHW: Tensor) -> Tensor:
+    """1 - SSIM, in fp32 also under autocast: it lives on differences of squares."""
+    with torch.autocast(drawn_BCHW.device.type, enabled=False):
+        return 1 - structural_similarity(drawn_BCHW, pixels_BCHW)
+
+
 def _blurred(planes_SBCHW: Tensor) -> Tensor:
     # As products with band matrices: a convolution of one channel is 100x slower on a CPU.
     rows_hH, columns_wW = (_band(side, planes_SBCHW.device) for side in planes_SBCHW.shape[-2:])

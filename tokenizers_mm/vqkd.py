@@ -24,6 +24,7 @@ from tokenizers_mm.config import Config
 from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig, cosine_loss, task_layer
 from tokenizers_mm.pixels import PixelHead
 from tokenizers_mm.quantizer import QuantizerConfig, codebooks_of, is_started, make_quantizer
+from tokenizers_mm.ssim import structure_loss
 from tokenizers_mm.teacher import TeacherConfig, TeacherFeatures
 from tokenizers_mm.vit import PatchEncoder, check_width
 
@@ -62,6 +63,7 @@ class VQKDLosses:
     shallow: Tensor
     commitment: Tensor
     pixels: Tensor
+    structure: Tensor
     codes: Tensor | None
     """B x N, or B x K x N with several codebooks; None where nothing was quantised."""
 
@@ -124,6 +126,7 @@ class VQKD(nn.Module):
         tokens_per_batch: pictures times patches of one training batch on all processes; sets the dead-code threshold.
         pixel_head: also learn to draw from the codes while they form (gradients reach the encoder); None trains on
         the teacher alone.
+        structure: also compare the drawing by SSIM; otherwise that loss is 0.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class VQKD(nn.Module):
         shallow_width: int,
         tokens_per_batch: int,
         pixel_head: PixelHead | None = None,
+        structure: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = PictureEncoder(config, tokens_per_batch=tokens_per_batch)
@@ -149,7 +153,7 @@ class VQKD(nn.Module):
                 teacher=teacher or TeacherConfig(),
             )
         )
-        self.pixel_head = pixel_head
+        self.pixel_head, self._structure = pixel_head, structure
         self.patch_px = config.patch_px
 
     def forward(self, pixels_BCHW: Tensor, target: TeacherFeatures | None, *, quantise: bool = True) -> VQKDLosses:
@@ -161,7 +165,7 @@ class VQKD(nn.Module):
             quantise: False lets the encoder learn before there are codes: they then start on vectors that differ.
         """
         grid_hw = (pixels_BCHW.shape[2] // self.patch_px, pixels_BCHW.shape[3] // self.patch_px)
-        deep = shallow = pixels = commitment = torch.zeros((), device=pixels_BCHW.device)
+        deep = shallow = pixels = structure = commitment = torch.zeros((), device=pixels_BCHW.device)
         codes = None
         if quantise:
             quantised_BNX, codes, commitment = self.encoder(pixels_BCHW)
@@ -172,5 +176,8 @@ class VQKD(nn.Module):
             deep = cosine_loss(predicted.deep_BND, target.deep_BND)
             shallow = cosine_loss(predicted.shallow_BND, target.shallow_BND)
         if self.pixel_head is not None:
-            pixels = F.mse_loss(self.pixel_head(quantised_BNX, grid_hw).float(), pixels_BCHW)
-        return VQKDLosses(deep, shallow, commitment, pixels, codes)
+            drawn_BCHW = self.pixel_head(quantised_BNX, grid_hw).float()
+            pixels = F.mse_loss(drawn_BCHW, pixels_BCHW)
+            if self._structure:
+                structure = structure_loss(drawn_BCHW, pixels_BCHW)
+        return VQKDLosses(deep, shallow, commitment, pixels, structure, codes)

@@ -42,6 +42,8 @@ class ImageTokenizerConfig(StageConfig):
     commitment_weight: float = Field(1.0, ge=0)
     pixel_weight: float = Field(0.0, ge=0)
     """Weight of drawing already while the codes form; 0 is VQ-KD alone."""
+    joint_structure_weight: float = Field(0.0, ge=0)
+    """Weight of 1 - SSIM in that drawing."""
     head_start: Literal["new", "joint"] = "new"
     """Where the second phase's pixel head starts: untrained, or from the one that drew while the codes formed."""
     perceptual_weight: float = Field(0.0, ge=0)
@@ -75,8 +77,10 @@ class ImageTokenizerConfig(StageConfig):
                 f"adversarial.layers={self.adversarial.layers} needs pictures of {seen} px or more; "
                 f"side_px is {self.encoder.side_px}"
             )
-        if self.structure_weight and self.encoder.side_px < 11:
-            raise ValueError(f"structure_weight needs pictures of 11 px or more; side_px is {self.encoder.side_px}")
+        if self.joint_structure_weight and not self.pixel_weight:
+            raise ValueError("joint_structure_weight needs pixel_weight above 0, otherwise nothing is drawn")
+        if (self.structure_weight or self.joint_structure_weight) and self.encoder.side_px < 11:
+            raise ValueError(f"comparing structure needs pictures of 11 px or more; side_px is {self.encoder.side_px}")
         if self.steps_without_quantiser >= self.vqkd_loop.steps:
             raise ValueError(f"steps_without_quantiser={self.steps_without_quantiser} leaves no step with codes")
         if self.head_start == "joint" and not self.pixel_weight:
@@ -154,12 +158,14 @@ def distillation_loss(config: ImageTokenizerConfig, teacher: VisionTeacher | Non
         teacher_config=config.teacher,
         batch_size=config.batch_size,
         seed=seed_of(config.vqkd_loop.seed, "vqkd"),
+        structure=config.joint_structure_weight > 0,
     )
     weights = {
         "deep": config.deep_weight,
         "shallow": config.shallow_weight,
         "commitment": config.commitment_weight,
         "pixels": config.pixel_weight,
+        "structure": config.joint_structure_weight,
     }
     return DistillationLoss(
         vqkd,

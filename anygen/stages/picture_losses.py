@@ -16,7 +16,7 @@ from tokenizers_mm.patchgan import (
     head_loss,
 )
 from tokenizers_mm.pixels import PixelHead, pixel_loss
-from tokenizers_mm.ssim import structural_similarity
+from tokenizers_mm.ssim import structure_loss
 from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
 from tokenizers_mm.usage import UsageMonitor
 from tokenizers_mm.vqkd import VQKD, VQKDConfig
@@ -56,6 +56,7 @@ class DistillationLoss(nn.Module):
             "shallow": losses.shallow,
             "commitment": losses.commitment,
             "pixels": losses.pixels,
+            "structure": losses.structure,
         }
         loss = torch.stack([self._weights[name] * part for name, part in parts.items()]).sum()
         if losses.codes is None:
@@ -110,9 +111,8 @@ class DrawingLoss(nn.Module):
         loss = pixel_loss(drawn_BCHW, pixels_BCHW)
         report = {"mse": F.mse_loss(drawn_BCHW, pixels_BCHW)}
         if self._structure_weight:
-            with torch.autocast(drawn_BCHW.device.type, enabled=False):  # differences of squares need fp32
-                report["ssim"] = structural_similarity(drawn_BCHW, pixels_BCHW)
-            loss = loss + self._structure_weight * (1 - report["ssim"])
+            structure = structure_loss(drawn_BCHW, pixels_BCHW)
+            loss, report["ssim"] = loss + self._structure_weight * structure, 1 - structure
         if (teacher := self._teacher[0]) is not None and self._perceptual_weight:
             target = teacher(pixels_BCHW, self._grid_hw).shallow_BND
             perceptual = F.mse_loss(teacher.differentiable(drawn_BCHW, self._grid_hw), target)

@@ -162,6 +162,7 @@ def make_vqkd(
     teacher_config: TeacherConfig,
     batch_size: int,
     seed: int,
+    structure: bool = False,
 ) -> VQKD:
     """An untrained VQ-KD; with a head it also learns to draw while the codes form."""
     patches = (config.side_px // config.patch_px) ** 2
@@ -174,4 +175,5 @@ def make_vqkd(
             shallow_width=teacher.shallow_width if teacher else config.width,
             tokens_per_batch=batch_size * patches,
             pixel_head=pixel_head,
+            structure=structure,
         )

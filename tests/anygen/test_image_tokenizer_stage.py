@@ -71,6 +71,7 @@ def work_in(root: Path, folder: Path) -> Path:
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "joint": {"pixel_weight": 1.0, "head_start": "joint"},
+    "joint, with structure": {"pixel_weight": 1.0, "joint_structure_weight": 0.5},
     "pixels only": {"deep_weight": 0.0, "shallow_weight": 0.0, "pixel_weight": 1.0},
     "two codebooks": {"encoder": {"quantizer": {"num_codebooks": 2}}},
     "beit": {"encoder": {"quantizer": {"update": "norm_ema", "gradient": "straight_through"}}},
@@ -107,6 +108,12 @@ def test_every_variant_trains_saves_and_encodes(root: Path, tmp_path: Path, fiel
         target = VisionTeacher.open(own)(pixels, tokenizer.grid_hw)
         assert predicted.deep_BND.shape == target.deep_BND.shape
         assert predicted.shallow_BND.shape == target.shallow_BND.shape
+    rows = [json.loads(line) for line in (config.folder / "vqkd" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert (row["structure"] > 0) == ("joint_structure_weight" in fields)
+        parts = row["deep"] * config.deep_weight + row["shallow"] * config.shallow_weight + row["commitment"]
+        parts += row["pixels"] * config.pixel_weight + row["structure"] * config.joint_structure_weight
+        assert row["loss"] == pytest.approx(parts, rel=1e-4)
     if "adversarial" in fields:
         rows = [json.loads(line) for line in (config.folder / "pixels" / "metrics.jsonl").read_text().splitlines()]
         assert ["discriminator" in row for row in rows] == [False, False, True, True], "judged in the second half"
@@ -174,6 +181,8 @@ def test_recipes_that_cannot_work_are_refused(root: Path, tmp_path: Path) -> Non
         recipe_of(root, adversarial={"weight": 1.0, "layers": 3})
     with pytest.raises(ConfigError, match="joint needs pixel_weight"):
         recipe_of(root, head_start="joint")
+    with pytest.raises(ConfigError, match="joint_structure_weight needs pixel_weight"):
+        recipe_of(root, joint_structure_weight=0.5)
     empty = tmp_path / "run"
     empty.mkdir()
     (empty / "data").symlink_to(root / "data")
