@@ -13,7 +13,7 @@ Source: EnCodec, arXiv 2210.13438. Dimension key: B sounds, T samples, N frames,
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveInt, field_validator
@@ -24,7 +24,7 @@ from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.config import Config
 from tokenizers_mm.errors import TrainingError
 
-_MIN_SPREAD = 0.3
+MIN_SPREAD = 0.3
 _INPUT_GAIN = 8.0
 
 
@@ -43,6 +43,10 @@ class EncodecSize(Config):
     codebook_size: int = Field(1024, ge=2)
     """A power of two: transformers' EnCodec derives bits from it."""
     num_codebooks: int = Field(1, ge=1)
+    quantizer_dropout: bool = True
+    """Train on fewer codebooks at times, so that leading ones decode alone (EnCodec's bandwidths)."""
+    start: Literal["variance_preserving", "stock"] = "variance_preserving"
+    """Initial weights; with EnCodec's own a small codec does not begin to learn."""
 
     @field_validator("codebook_size")
     @classmethod
@@ -89,8 +93,8 @@ class TrainableEncodec(nn.Module):
 
         self.size = size
         self.model = EncodecModel(encodec_config(size))
-        start(self.model)
-        self.model.decoder.requires_grad_(False)  # the inverse-STFT decoder learns in its place
+        if size.start == "variance_preserving":
+            start(self.model)
         self.quantizer = ResidualVQ(
             dim=size.latent_dim,
             codebook_size=size.codebook_size,
@@ -100,8 +104,13 @@ class TrainableEncodec(nn.Module):
             kmeans_iters=20,
             threshold_ema_dead_code=dead_code_share * tokens_per_batch / size.codebook_size,
             rotation_trick=True,
-            quantize_dropout=size.num_codebooks > 1,
+            quantize_dropout=size.quantizer_dropout and size.num_codebooks > 1,
         )
+
+    @property
+    def is_started(self) -> bool:
+        """False before the first quantised batch gave the codebooks their vectors."""
+        return bool(self.quantizer.layers[0]._codebook.initted)
 
     def latents(self, sound_BT: Tensor) -> Tensor:
         """Waveforms to B x L x N, before the quantiser."""
@@ -112,6 +121,11 @@ class TrainableEncodec(nn.Module):
         with torch.autocast(latents_BLN.device.type, enabled=False):
             quantised_BNL, codes_BNK, losses = self.quantizer(latents_BLN.float().transpose(1, 2))
         return quantised_BNL.transpose(1, 2), codes_BNK.transpose(1, 2), losses.sum()
+
+    def waveform(self, latents_BLN: Tensor) -> Tensor:
+        """Latent frames to a waveform of N x hop samples, with EnCodec's own decoder."""
+        decoded_B1T: Tensor = self.model.decoder(latents_BLN)
+        return decoded_B1T[:, 0, : latents_BLN.shape[2] * self.size.hop]
 
     def export(self) -> Any:
         """The `EncodecModel` with the learned codebooks in it."""
@@ -151,15 +165,15 @@ def spread_of(latents_BLN: Tensor) -> float:
     return float((frames_ML - mean_L).pow(2).mean().sqrt() / mean_L.pow(2).mean().sqrt().clamp_min(1e-8))
 
 
-def check_start(latents_BLN: Tensor) -> None:
+def check_start(latents_BLN: Tensor, min_spread: float = MIN_SPREAD) -> None:
     """Refuse to start a codebook on latents that hardly vary.
 
     Raises:
-        TrainingError: the spread is below 0.3; k-means would give one code.
+        TrainingError: the spread is below `min_spread`; k-means would give one code.
     """
     spread = spread_of(latents_BLN)
-    if spread < _MIN_SPREAD:
+    if spread < min_spread:
         raise TrainingError(
-            f"the encoder's output hardly depends on the sound (spread {spread:.3f}, expected {_MIN_SPREAD} or more): "
-            "a codebook would collapse. Is the data silent, or was the start overwritten?"
+            f"the encoder's output hardly depends on the sound (spread {spread:.3f}, expected {min_spread} or more): "
+            "a codebook would collapse. Is the data silent, or codec.start not variance_preserving?"
         )

@@ -22,11 +22,6 @@ def usage_of(codes: Tensor, codebook_size: int) -> tuple[float, float]:
     return _usage(torch.bincount(codes.flatten(), minlength=codebook_size))
 
 
-def usage_in_batch(codes: Tensor, codebook_size: int) -> Tensor:
-    """Share of the codebook that occurs in one batch, as a tensor: to be reported without waiting for it."""
-    return (torch.bincount(codes.flatten(), minlength=codebook_size) > 0).float().mean()
-
-
 class UsageMonitor(nn.Module):
     """Watches a codebook while it is trained, and says when it collapses.
 

@@ -1,0 +1,197 @@
+"""The sound tokenizer's stage: its variants, what its folder is to others, its guards, exact resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from anygen.config import build
+from anygen.data.records import Record, Utterance, write_shard
+from anygen.data.source import flac_of
+from anygen.errors import ConfigError
+from anygen.stages import audio_tokenizer
+from anygen.stages.audio_tokenizer import AudioTokenizerConfig
+from anygen.stages.codec_losses import CodecLoss
+from anygen.stages.run import run_stage
+from anygen.training.interrupts import Interrupted
+from tokenizers_mm.audio import AudioTokenizer
+from tokenizers_mm.encodec import EncodecSize, TrainableEncodec
+from tokenizers_mm.errors import TrainingError
+from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
+from tokenizers_mm.media import Audio
+from tokenizers_mm.msstft import MSSTFTConfig
+
+
+def voice(seed: int, seconds: float = 0.5) -> np.ndarray:
+    """A buzz whose pitch glides, louder and softer."""
+    random = np.random.default_rng(seed)
+    time = np.arange(int(seconds * 8000)) / 8000
+    phase = (
+        2 * np.pi * np.cumsum(100 + 80 * random.random() + 50 * np.sin(2 * np.pi * time * random.uniform(1, 4))) / 8000
+    )
+    waves = sum(np.sin(k * phase) / k for k in range(1, 10))
+    return (0.1 * waves * (1 + np.sin(2 * np.pi * 3 * time))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("run")
+    (root / "data").mkdir()
+    for split, count in (("train", 24), ("validation", 4)):
+        sounds = [flac_of(Audio(voice(1000 * len(split) + n), 8000)) for n in range(count)]
+        records = [
+            Record(f"{split}{n}", "pair", ("a",), utterances=(Utterance("a", "v", sound),))
+            for n, sound in enumerate(sounds)
+        ]
+        write_shard(root / "data" / f"{split}-00000.tar", records)
+    (root / "data" / "stage.json").write_text(json.dumps({"identity": "data"}))
+    return root
+
+
+def recipe_of(root: Path, folder: Path | None = None, **fields: Any) -> AudioTokenizerConfig:
+    if folder is not None:
+        folder.mkdir()
+        (folder / "data").symlink_to(root / "data")
+    values: dict[str, Any] = {
+        "root": folder or root,
+        "codec": {"rate_hz": 8000, "ratios": [8, 5, 4], "num_filters": 2, "latent_dim": 8, "codebook_size": 16},
+        "decoder": {"width": 16, "depth": 1},
+        "crop_s": 0.3,
+        "batch_size": 8,
+        "steps_without_quantiser": 2,
+        "usage_window": 2,
+        "loop": {"steps": 6, "log_every": 1, "save_every": 2, "precision": "fp32", "device": "cpu"},
+    }
+    for name, value in fields.items():
+        values[name] = {**values.get(name, {}), **value} if isinstance(value, dict) else value
+    return build(AudioTokenizerConfig, values, source="test")
+
+
+JUDGE = {"weight": 1.0, "start_share": 0.5, "channels": 2, "windows": [256, 128]}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "seanet": {"decode_with": "seanet"},
+    "two codebooks": {"codec": {"num_codebooks": 2}},
+    "judged": {"adversarial": JUDGE},
+    "judged and balanced": {"adversarial": JUDGE, "balancer": True, "decode_with": "seanet"},
+    "without the waveform": {"wave_weight": 0.0, "balancer": True},
+}
+
+
+@pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_trains_saves_and_is_an_encodec_model(root: Path, tmp_path: Path, fields: dict[str, Any]) -> None:
+    from transformers import EncodecModel
+
+    config = recipe_of(root, tmp_path / "run", **fields)
+    result = run_stage(config)
+    books = config.codec.num_codebooks
+    assert result.metrics["validation_mel"] > 0
+    assert all(0 < result.metrics[f"validation_usage{k or ''}"] <= 1 for k in range(books))
+    rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
+    assert ["usage" in row for row in rows] == [False] * 3 + [True] * 3, "once a window is full"
+    judged = [False] * 6 if "adversarial" not in fields else [False] * 3 + [True] * 3
+    assert ["discriminator" in row and "adversarial" in row and "features" in row for row in rows] == judged
+
+    folder = config.folder / "tokenizer"
+    ours, theirs = AudioTokenizer.load(folder), EncodecModel.from_pretrained(folder)
+    sound = voice(7)
+    codes = ours.encode((sound, 8000))
+    plain = theirs.encode(torch.from_numpy(sound)[None, None], bandwidth=max(theirs.config.target_bandwidths))
+    assert np.array_equal(codes.codes_KT, plain.audio_codes[0, 0].numpy())
+    assert (folder / "istft").is_dir() == (config.decode_with == "istft")
+    if config.decode_with == "seanet":
+        with torch.no_grad():
+            waveform = theirs.decode(plain.audio_codes, plain.audio_scales).audio_values[0, 0].numpy()
+        decoded = ours.decode(codes).samples_T
+        assert np.allclose(decoded, np.clip(waveform[: len(decoded)], -1, 1), atol=1e-6)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {**VARIANTS["judged and balanced"], "codec": {"num_codebooks": 2}}
+    whole, parts = (recipe_of(root, tmp_path / name, **fields) for name in ("whole", "parts"))
+    run_stage(whole)
+    trainee = audio_tokenizer._CodecTraining
+    dealt, count = trainee.next_batch, [0]
+
+    def stops_after_four(self: Any) -> torch.Tensor:
+        count[0] += 1
+        if count[0] == 5:
+            raise Interrupted(signal.SIGTERM, "by the test")
+        return dealt(self)
+
+    monkeypatch.setattr(trainee, "next_batch", stops_after_four)
+    with pytest.raises(Interrupted):
+        run_stage(parts)
+    monkeypatch.undo()
+    run_stage(parts)
+    for name in ("model.safetensors", "config.json"):
+        mine, other = (config.folder / "tokenizer" / name for config in (whole, parts))
+        assert mine.read_bytes() == other.read_bytes()
+
+
+def test_encodecs_own_start_is_refused_unless_one_insists(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"hardly depends on the sound .*variance_preserving"):
+        run_stage(recipe_of(root, tmp_path / "stock", codec={"start": "stock"}))
+    run_stage(recipe_of(root, tmp_path / "forced", codec={"start": "stock"}, min_spread=0.0))
+
+
+def test_collapse_is_told(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="anygen"):
+        run_stage(recipe_of(root, tmp_path / "run", codec={"codebook_size": 256}, usage_alarm=1.0))
+    assert any("codebook collapse" in record.message for record in caplog.records)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"crop_s": 0.01}, "shorter than one code frame of 160 samples"),
+        ({"adversarial": {"weight": 1.0}, "crop_s": 0.2}, "discriminator's window of 2048 samples"),
+        ({"steps_without_quantiser": 6}, "leaves no step with codes"),
+    ],
+)
+def test_recipes_that_cannot_work_are_refused(root: Path, fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        recipe_of(root, **fields)
+
+
+def gradients(balanced: bool, scale: float) -> torch.Tensor:
+    """Of the decoder, after one step."""
+    torch.manual_seed(0)
+    size = EncodecSize(rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=16)
+    istft = InverseSTFTDecoder(InverseSTFTConfig(width=8, depth=1), latent_dim=8, hop=160)
+    loss = CodecLoss(
+        TrainableEncodec(size, tokens_per_batch=100),
+        istft,
+        weights={"mel": 2.0 * scale, "wave": 0.5 * scale, "commitment": 0.25},
+        judge=MSSTFTConfig(weight=scale, channels=2, windows=(256,)),
+        judge_start=0,
+        balanced=balanced,
+        steps_without_quantiser=1,
+        min_spread=0.0,
+        usage_window=50,
+        usage_alarm=0.0,
+    )
+    value, parts = loss(torch.from_numpy(np.stack([voice(n) for n in range(4)])))
+    weights = {"mel": 2.0, "wave": 0.5, "adversarial": 1.0, "features": 1.0 / scale}
+    shown = sum(scale * weight * float(parts[name]) for name, weight in weights.items()) + parts["discriminator"].item()
+    assert float(value.detach()) == pytest.approx(shown, rel=1e-4), "the loss that is shown is the weighted sum"
+    value.backward()
+    assert loss.discriminator is not None and all(p.grad is not None for p in loss.discriminator.parameters())
+    return torch.cat([p.grad.flatten() for p in istft.parameters() if p.grad is not None])
+
+
+def test_balanced_weights_are_shares() -> None:
+    """Ten times the weights (all but feature matching's) change shares a little and the gradient's length not at all."""
+    free = [gradients(False, scale).norm() for scale in (1.0, 100.0)]
+    balanced = [gradients(True, scale).norm() for scale in (1.0, 100.0)]
+    assert float(free[1] / free[0]) > 20
+    assert 0.5 < float(balanced[1] / balanced[0]) < 2
