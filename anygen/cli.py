@@ -188,32 +188,32 @@ def gallery(
 def evaluate(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[PATH]", help="Bundle or picture tokenizer; the embedded bundle by default."),
+        typer.Argument(metavar="[PATH]", help="Bundle or tokenizer; the embedded bundle by default."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many names a group, pictures a kind.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many of each group or kind.")] = None,
     direction: Annotated[list[str] | None, typer.Option(help="Bundles: text>image and so on; repeatable.")] = None,
     seed: Annotated[int, typer.Option(help="Bundles: seed of the samples.")] = 0,
     data: Annotated[Path | None, typer.Option(help="Tokenizers: folder of shards; RUN/data by default.")] = None,
-    teacher: Annotated[Path | None, typer.Option(help="Tokenizers: folder of the teacher; its own by default.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Pictures: folder of the teacher; its own by default.")] = None,
     out: Annotated[Path, typer.Option(help="Tokenizers: folder of the page.")] = Path("out/evaluation"),
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle on the emoji world in every direction, or a picture tokenizer on held-out pictures."""
+    """Measure a bundle on the emoji world in every direction, or a tokenizer on held-out pictures or sounds."""
     import dataclasses
 
     from anygen.api import AnyGen
     from anygen.errors import InputError
     from anygen.evaluation.emoji import DIRECTIONS, FIGURES, evaluate_emoji
-    from anygen.evaluation.picture_page import evaluate_folder, is_picture_tokenizer, lines_of
+    from anygen.evaluation.tokenizers import evaluate_tokenizer, kind_of
 
-    if model is not None and is_picture_tokenizer(Path(model)):
+    if model is not None and (kind := kind_of(Path(model))):
         if direction:
-            raise InputError("--direction is for bundles; this is a picture tokenizer")
-        report = evaluate_folder(Path(model), data=data, teacher=teacher, out=out, limit=limit)
-        _print_json(report) if as_json else print(*lines_of(report), out / "index.html", sep="\n")
+            raise InputError(f"--direction is for bundles; this is a {kind} tokenizer")
+        report, lines = evaluate_tokenizer(Path(model), data=data, teacher=teacher, out=out, limit=limit)
+        _print_json(report) if as_json else print(*lines, out / "index.html", sep="\n")
         return
     if data or teacher:
-        raise InputError(f"--data and --teacher are for picture tokenizers; {model or 'the embedded bundle'} is none")
+        raise InputError(f"--data and --teacher are for tokenizers; {model or 'the embedded bundle'} is none")
     unknown = set(direction or ()) - set(DIRECTIONS)
     if unknown:
         raise InputError(f"unknown direction {sorted(unknown)[0]!r}; expected {', '.join(DIRECTIONS)}")

@@ -6,7 +6,6 @@ The page is one file without scripts; its pictures are in it. What it shows is c
 from __future__ import annotations
 
 import base64
-import dataclasses
 import io
 import json
 import math
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
@@ -25,11 +23,10 @@ from anygen._version import __version__
 from anygen.errors import InputError
 from anygen.evaluation.picture_coding import open_judge, reconstruct
 from anygen.evaluation.picture_samples import Bytes, RealPictures
-from anygen.evaluation.pictures import EXPLAINED, Evaluation, Figure, evaluate_pictures
-from anygen.files import MANIFEST, publishing, write_json
+from anygen.evaluation.pictures import EXPLAINED, Evaluation, evaluate_pictures
+from anygen.evaluation.report import check_out, rows_of, write_report
 from tokenizers_mm.image import KIND, ImageTokenizer
 
-REPORT, PAGE = "report.json", "index.html"
 NUM_SHOWN, NUM_WORST, NUM_CODES, NUM_PATCHES = 48, 16, 64, 12
 
 
@@ -78,10 +75,7 @@ def evaluate_folder(
         InputError: no data, or `out` holds something that is not an evaluation.
         AnyGenError: tokenizer, data or teacher are broken, or a package is missing.
     """
-    out = out.resolve()
-    ours = {REPORT, PAGE, MANIFEST}
-    if out.exists() and (out.is_file() or {path.name for path in out.iterdir()} - ours):  # it will be replaced whole
-        raise InputError(f"{out} exists and holds more than an evaluation: choose a new folder")
+    out = check_out(out)
     data = data or folder.resolve().parent.parent / "data"
     if not any(data.glob("*.tar")):
         raise InputError(f"there are no record shards (*.tar) in {data}: name the folder of stage data with --data")
@@ -91,9 +85,15 @@ def evaluate_folder(
     real = RealPictures(data, tokenizer.config.side_px)
     evaluation = evaluate_pictures(tokenizer, real, judge, limit=limit)
     report = report_of(evaluation, tokenizer, real, {"tokenizer": str(folder), "data": str(data)})
-    with publishing(out) as temporary:
-        write_json(temporary / REPORT, report)
-        (temporary / PAGE).write_text(render(evaluation, tokenizer, real, report), encoding="utf-8")
+    write_report(
+        out,
+        report,
+        evaluation.figures,
+        template="pictures.html.jinja",
+        explained=EXPLAINED,
+        galleries=_galleries(evaluation, real),
+        codes=most_used_codes(evaluation, tokenizer, real),
+    )
     return report
 
 
@@ -112,65 +112,10 @@ def report_of(
         "held_out_pictures": len(samples.held_out),
         "training_pictures": len(samples.train),
         "left_out_because_training_has_the_same_pixels": samples.num_seen,
-        "figures": [
-            {key: _finite(value) for key, value in dataclasses.asdict(figure).items()} for figure in evaluation.figures
-        ],
+        "figures": rows_of(evaluation.figures),
         "skipped": evaluation.skipped,
         "warnings": list(evaluation.warnings),
     }
-
-
-def lines_of(report: dict[str, Any]) -> list[str]:
-    """The report as lines of text."""
-    figures = [Figure(**row) for row in report["figures"]]
-    widths = [max(len(getattr(figure, key)) for figure in figures) for key in ("name", "group")]
-    lines = [
-        f"{figure.name:{widths[0]}}  {figure.group:{widths[1]}}  {shown_value(figure):>20}  {shown_interval(figure):18}"
-        f"  n={figure.count}"
-        for figure in figures
-    ]
-    lines += [f"skipped: {what}: {why}" for what, why in report["skipped"].items()]
-    return lines + [f"warning: {text}" for text in report["warnings"]]
-
-
-def shown_value(figure: Figure) -> str:
-    """A value with its unit.
-
-    >>> shown_value(Figure("codes used", "held out", 0.5, None, None, 3))
-    '50.0 %'
-    """
-    unit = EXPLAINED[figure.name][0]
-    return f"{_short(figure.value, unit)} {unit}".strip()
-
-
-def shown_interval(figure: Figure) -> str:
-    """The 95 % interval, empty where there is none."""
-    if figure.low is None or figure.high is None:
-        return ""
-    unit = EXPLAINED[figure.name][0]
-    return f"[{_short(figure.low, unit)}, {_short(figure.high, unit)}]"
-
-
-def render(evaluation: Evaluation, tokenizer: ImageTokenizer, real: RealPictures, report: dict[str, Any]) -> str:
-    """The page; everything that is not markup of ours is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("anygen.evaluation", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
-    environment.globals.update(shown_value=shown_value, shown_interval=shown_interval)
-    rows: dict[str, list[Figure]] = {}
-    for figure in evaluation.figures:
-        rows.setdefault(figure.name, []).append(figure)
-    return environment.get_template("pictures.html.jinja").render(
-        report=report,
-        rows=rows,
-        explained=EXPLAINED,
-        galleries=_galleries(evaluation, real),
-        codes=most_used_codes(evaluation, tokenizer, real),
-        version=__version__,
-    )
 
 
 def _galleries(evaluation: Evaluation, real: RealPictures) -> dict[str, list[Pair]]:
@@ -232,15 +177,3 @@ def _uri(pixels_HWC: Bytes) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels_HWC).save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _short(value: float | None, unit: str) -> str:
-    if value is None or not math.isfinite(value):
-        return "none"
-    if unit == "%":
-        return f"{100 * value:.1f}"
-    return f"{value:.2f}" if unit == "dB" else f"{value:.4g}"
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from anygen.evaluation.emoji import Score, proportion
+from anygen.evaluation.emoji import proportion
 from anygen.evaluation.fidelity import MAX_PSNR_DB, SSIM_WINDOW_PX, Doubles, difference_of, mean_of, psnr, ssim
 from anygen.evaluation.frechet import frechet_distance, is_too_small
 from anygen.evaluation.picture_coding import (
@@ -27,6 +27,7 @@ from anygen.evaluation.picture_coding import (
 )
 from anygen.evaluation.picture_samples import Bytes, RealPictures, Samples, draw_samples
 from anygen.evaluation.probes import PROBES, Features, bag_of_codes, check_packages, ratio_of, tasks_of
+from anygen.evaluation.report import Explained, Figure, figure_of
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.usage import usage_of
 
@@ -35,7 +36,7 @@ MAX_SEARCHED = 1000
 _SPEED_BATCHES = 4
 _MIN_FRECHET = 20
 
-EXPLAINED = {
+EXPLAINED: Explained = {
     "codes used": ("%", "Share of the codebook that occurs."),
     "perplexity": ("codes", "exp of the entropy of the codes' use: as many codes, used alike, would be as rich."),
     "perplexity / codebook size": ("%", "1 where all codes are used alike. Few pictures cannot fill a large codebook."),
@@ -55,23 +56,6 @@ EXPLAINED = {
     ),
     "speed": ("pictures/s", f"Batches of {BATCH}, after one that does not count, pixels and codes in memory."),
 }
-"""Name of a figure -> its unit (% stands for a share, stored as 0 to 1) and what it is."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number of the report."""
-
-    name: str
-    """A key of `EXPLAINED`."""
-    group: str
-    """What it was measured on."""
-    value: float
-    low: float | None
-    high: float | None
-    """95 % interval: Wilson for shares, normal for means, bootstrap for ratios; None where there is none."""
-    count: int
-    """Pictures."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +142,7 @@ class _Work:
     def cosines(self) -> Iterator[Figure]:
         """Of the held-out pictures."""
         for column, layer in zip(self.coded.cosines_N2[: self.num_held_out].T, ("deep", "shallow"), strict=False):
-            yield _figure("cosine to the teacher", f"held out, {layer}", mean_of(column))
+            yield figure_of("cosine to the teacher", f"held out, {layer}", mean_of(column))
 
     def probes(self) -> Iterator[Figure]:
         """Every classifier on every set of labels and every kind of features."""
@@ -174,11 +158,11 @@ class _Work:
                     for name, table in features.items()
                 }
                 for name, hits in right.items():
-                    yield _figure(probe, f"{task.name}, {name}", proportion(hits.tolist()))
+                    yield figure_of(probe, f"{task.name}, {name}", proportion(hits.tolist()))
                 for name in right if "teacher" in right else ():
                     if name != "teacher":
                         ratio = ratio_of(right[name], right["teacher"])
-                        yield _figure(f"{probe}, of the teacher's", f"{task.name}, {name}", ratio)
+                        yield figure_of(f"{probe}, of the teacher's", f"{task.name}, {name}", ratio)
 
     def _features(self) -> dict[str, Features]:
         tables = {"predicted from codes": self.coded.from_codes_ND, "teacher": self.coded.from_teacher_ND}
@@ -197,11 +181,11 @@ class _Work:
         yield from self._compare("SSIM", held_out_N, ssim(originals_NHWC, drawn_NHWC))
 
     def _compare(self, name: str, held_out_N: Doubles, train_N: Doubles) -> Iterator[Figure]:
-        yield _figure(name, "held out", mean_of(held_out_N))
+        yield figure_of(name, "held out", mean_of(held_out_N))
         for kind in sorted(set(self.kinds)) if len(set(self.kinds)) > 1 else ():
-            yield _figure(name, f"held out, {kind}", mean_of(held_out_N[self.kinds == kind]))
-        yield _figure(name, "training", mean_of(train_N))
-        yield _figure(f"{name} gap", "all kinds", difference_of(train_N, held_out_N))
+            yield figure_of(name, f"held out, {kind}", mean_of(held_out_N[self.kinds == kind]))
+        yield figure_of(name, "training", mean_of(train_N))
+        yield figure_of(f"{name} gap", "all kinds", difference_of(train_N, held_out_N))
 
     def retrieval(self) -> Iterator[Figure]:
         """Among all real emoji where there are any, else among all real pictures."""
@@ -216,7 +200,7 @@ class _Work:
         found = self.real.nearest(self.drawn_NHWC[rows], among)
         right = found == self.real.classes[[self.samples.held_out[row] for row in rows]]
         what = "emoji" if "emoji" in kinds else "pictures"
-        yield _figure("retrieval", f"held out, among {len(among):,} {what}", proportion(right.tolist()))
+        yield figure_of("retrieval", f"held out, among {len(among):,} {what}", proportion(right.tolist()))
 
     def frechet(self) -> Iterator[Figure]:
         """Of the held-out pictures and their reconstructions."""
@@ -254,7 +238,3 @@ class _Work:
                 work()
             rate_hz = _SPEED_BATCHES * BATCH / (time.perf_counter() - start)
             yield Figure("speed", f"{name}, {where}", rate_hz, None, None, _SPEED_BATCHES * BATCH)
-
-
-def _figure(name: str, group: str, score: Score) -> Figure:
-    return Figure(name, group, score.value, score.low, score.high, score.count)

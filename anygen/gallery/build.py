@@ -22,9 +22,9 @@ from anygen._version import __version__
 from anygen.api import AnyGen
 from anygen.documents import Segment
 from anygen.errors import InputError
+from anygen.evaluation.spectrogram import draw_spectrogram
 from anygen.files import publishing
 from anygen.gallery.exhibits import Exhibit
-from anygen.gallery.spectrogram import draw_spectrogram
 from anygen.results import Sample, save_png
 from anygen.sampling.choose import OPTION_NAMES
 from anygen.training.metrics import Progress

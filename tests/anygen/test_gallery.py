@@ -17,9 +17,9 @@ from PIL import Image
 
 from anygen.api import AnyGen
 from anygen.errors import ConfigError
+from anygen.evaluation.spectrogram import draw_spectrogram
 from anygen.gallery.build import Card, Shown, build_gallery, render
 from anygen.gallery.exhibits import embedded_emoji, load_exhibits
-from anygen.gallery.spectrogram import draw_spectrogram
 from tokenizers_mm.media import load_sound
 
 
