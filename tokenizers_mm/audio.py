@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tokenizers_mm import compat  # noqa: F401  before transformers
-from tokenizers_mm.codes import Codes, Modality, check_codes, fingerprint_of
-from tokenizers_mm.errors import CheckpointError
+from tokenizers_mm.codes import Codes, IntArray, Modality, check_codes, fingerprint_of
+from tokenizers_mm.errors import CheckpointError, DataError
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
 from tokenizers_mm.media import Audio, SoundSource, load_sound
 from tokenizers_mm.weights import UNREADABLE, load_facts, load_weights, rounded, save_facts, save_weights
@@ -95,26 +95,44 @@ class AudioTokenizer:
 
     @torch.inference_mode()
     def encode(self, media: SoundSource) -> Codes:
-        """One sound to K x T codes, T = ceil(samples / hop).
+        """One sound to K x T codes, T = ceil(samples / hop); they know how many samples there were.
 
         Raises:
             InputError: not a sound, or beyond the limits of `tokenizers_mm.media`.
         """
         samples_N = torch.from_numpy(load_sound(media, rate_hz=self.sample_rate_hz).samples_T.copy())
-        encoded = self.model.encode(
-            samples_N.view(1, 1, -1).to(self.device), bandwidth=max(self.model.config.target_bandwidths)
-        )
-        return Codes(encoded.audio_codes[0, 0].cpu().numpy(), "audio")
+        codes_BKT = self.codes_of(self.model.encoder(samples_N.view(1, 1, -1).to(self.device)))
+        return Codes(codes_BKT[0], "audio", num_samples=len(samples_N))
+
+    def codes_of(self, latents_BLT: Tensor) -> IntArray:
+        """The encoder's output to codes, B x K x T."""
+        codes_KBT = self.model.quantizer.encode(latents_BLT, max(self.model.config.target_bandwidths))
+        found: IntArray = codes_KBT.transpose(0, 1).cpu().numpy()
+        return found
+
+    def latents_of(self, codes: Codes) -> Tensor:
+        """What the decoder decodes, 1 x L x T."""
+        codes_K1T = torch.from_numpy(codes.codes_KT.copy())[:, None].to(self.device)
+        latents_1LT: Tensor = self.model.quantizer.decode(codes_K1T)
+        return latents_1LT
 
     @torch.inference_mode()
     def decode(self, codes: Codes) -> Audio:
-        """Codes to a sound of T x hop samples; leading codebooks alone are enough."""
+        """Codes to a sound; leading codebooks alone are enough.
+
+        It has as many samples as were encoded where the codes know it, else T x hop.
+
+        Raises:
+            DataError: codes that this tokenizer does not have, or a number of samples that T frames cannot hold.
+        """
         check_codes(codes, "audio", self.codebook_size, self.num_codebooks)
+        whole = codes.num_steps * self.hop
+        length = whole if codes.num_samples is None else codes.num_samples
+        if not whole - self.hop < length <= whole:
+            raise DataError(f"{codes.num_steps} frames of {self.hop} samples cannot be {length} samples")
         if codes.num_steps == 0:
             return Audio(np.zeros(0, np.float32), self.sample_rate_hz)
-        codes_KBT = torch.from_numpy(codes.codes_KT.copy())[:, None].to(self.device)
-        latents_BLT = self.model.quantizer.decode(codes_KBT)
-        samples_BN = self._waveform(latents_BLT)[:, : codes.num_steps * self.hop]
+        samples_BN = self._waveform(self.latents_of(codes))[:, :length]
         return Audio(samples_BN[0].clamp(-1, 1).float().cpu().numpy(), self.sample_rate_hz)
 
     def _waveform(self, latents_BLT: Tensor) -> Tensor:

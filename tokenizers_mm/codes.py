@@ -30,13 +30,15 @@ class Codes:
     4
 
     Raises:
-        DataError: not a K x T integer array, a negative code, or a grid that does not have T cells.
+        DataError: not a K x T integer array, a negative code, a grid that does not have T cells, samples of a picture.
     """
 
     codes_KT: IntArray
     modality: Modality
     grid_hw: tuple[int, int] | None = None
     """Rows and columns of patches; pictures only."""
+    num_samples: int | None = None
+    """Samples of the sound that was encoded: the last frame may reach beyond them. Equal codes are equal without it."""
 
     def __post_init__(self) -> None:
         codes = np.asarray(self.codes_KT)
@@ -48,6 +50,8 @@ class Codes:
             raise DataError(f"a grid belongs to pictures only; got modality {self.modality!r}, grid {self.grid_hw}")
         if self.grid_hw is not None and self.grid_hw[0] * self.grid_hw[1] != codes.shape[1]:
             raise DataError(f"a {self.grid_hw[0]} x {self.grid_hw[1]} grid does not have {codes.shape[1]} patches")
+        if self.num_samples is not None and self.modality != "audio":
+            raise DataError(f"samples belong to sounds only; got modality {self.modality!r}")
         codes = codes.astype(np.int64)  # a copy: freezing it must not freeze the caller's array
         codes.flags.writeable = False
         object.__setattr__(self, "codes_KT", codes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -32,7 +32,10 @@ UNREADABLE = (
 """What `from_pretrained` raises on damaged folders."""
 
 
-def rounded(module: nn.Module, *, keep: tuple[str, ...] = ()) -> nn.Module:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def rounded(module: Module, *, keep: tuple[str, ...] = ()) -> Module:
     """Round every floating point tensor of `module` to bf16 in place, but for names that hold one of `keep`."""
     with torch.no_grad():
         for name, tensor in module.state_dict().items():

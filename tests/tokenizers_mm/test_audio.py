@@ -64,7 +64,8 @@ def test_training_quantiser_and_exported_model_give_equal_codes() -> None:
 def test_lengths(audio_tokenizer: AudioTokenizer, num_samples: int) -> None:
     codes = audio_tokenizer.encode((np.zeros(num_samples, np.float32), 8000))
     assert codes.num_steps == -(-num_samples // 160)
-    assert len(audio_tokenizer.decode(codes).samples_T) == codes.num_steps * 160
+    assert len(audio_tokenizer.decode(codes).samples_T) == num_samples
+    assert len(audio_tokenizer.decode(Codes(codes.codes_KT, "audio")).samples_T) == codes.num_steps * 160
 
 
 def test_leading_codebooks_decode_alone_and_bad_codes_do_not(audio_tokenizer: AudioTokenizer) -> None:
