@@ -96,9 +96,9 @@ def test_codes_and_samples_come_before_the_end(name: str) -> None:
     samples, hop = sound(8000), tokenizer.hop
     encoder = StreamingEncoder(tokenizer, chunk=1)
     come = 0
-    for start in range(0, len(samples), hop):
-        come += encoder.push(samples[start : start + hop]).num_steps
-        assert come == max(0, start // hop + 1 - encoder.delay_frames)
+    for first in range(0, len(samples), hop):
+        come += encoder.push(samples[first : first + hop]).num_steps
+        assert come == max(0, first // hop + 1 - encoder.delay_frames)
     assert come + encoder.finish().num_steps == 200
     whole = tokenizer.encode((samples, RATE_HZ))
     decoder = StreamingDecoder(tokenizer, chunk=1)
