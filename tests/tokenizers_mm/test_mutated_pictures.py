@@ -7,12 +7,7 @@ They run in one process of their own, so that a crash of a decoder is seen too, 
 from __future__ import annotations
 
 import io
-import json
-import os
 import struct
-import subprocess
-import sys
-import time
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -21,17 +16,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mutations import Chooser, assert_bounded, check_all, flipped, flipped_in_the_header, inserted, truncated
 from PIL import Image
 
-from tokenizers_mm.errors import InputError
 from tokenizers_mm.media import load_picture
 
-ROOT = Path(__file__).parents[2]
-NUM_FILES = 3000
-MAX_EXTRA_MB, MAX_TIME_S = 300, 2.0
 LARGE = (0, 1, 3, 255, 3500, 4900, 5000, 16_384, 16_385, 40_000, 65_535, 10**6, 2**31 - 1, 2**32 - 1)
-
-Chooser = np.random.Generator
 
 
 def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
@@ -80,27 +70,6 @@ def mutated(seed: int) -> bytes:
     data = mutate(originals()[name], chooser)
     # Half of the PNGs get right checksums, or no mutation would come further than these.
     return with_right_checksums(data) if name.startswith("png") and chooser.random() < 0.5 else data
-
-
-def flipped(data: bytes, chooser: Chooser) -> bytes:
-    out = bytearray(data)
-    for place in chooser.integers(0, len(out), int(chooser.integers(1, 9))):
-        out[place] = int(chooser.integers(256))
-    return bytes(out)
-
-
-def flipped_in_the_header(data: bytes, chooser: Chooser) -> bytes:
-    return flipped(data[:80], chooser) + data[80:]
-
-
-def truncated(data: bytes, chooser: Chooser) -> bytes:
-    return data[: int(chooser.integers(1, len(data)))]
-
-
-def inserted(data: bytes, chooser: Chooser) -> bytes:
-    place = int(chooser.integers(len(data)))
-    new = bytes(chooser.integers(0, 256, int(chooser.integers(1, 600)), dtype=np.uint8))
-    return data[:place] + new + data[place:]
 
 
 def rearranged(data: bytes, chooser: Chooser) -> bytes:
@@ -172,53 +141,10 @@ def with_right_checksums(data: bytes) -> bytes:
     return bytes(out)
 
 
-def peak_mb() -> float:
-    """Most memory this process ever held. `ru_maxrss` would start with what pytest holds: it survives exec."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
-
-
-def check_all() -> None:
-    """In the process of its own: a line before each file, a line of figures at the end."""
-    originals()
-    for data in originals().values():
-        load_picture(data)  # decoders are loaded before memory is counted
-    begin_mb, faults, read, slowest_s = peak_mb(), [], 0, 0.0
-    for seed in range(NUM_FILES):
-        data = mutated(seed)
-        os.write(1, f"{seed}\n".encode())  # unbuffered: a crash takes nothing with it
-        begin_s, before_mb = time.process_time(), peak_mb()
-        try:
-            picture = load_picture(data)
-            read += 1
-            if picture.mode != "RGB" or 0 in picture.size:
-                faults.append(f"{seed}: {picture.mode} {picture.size}")
-            del picture
-        except InputError:
-            pass
-        except BaseException as error:
-            faults.append(f"{seed}: {error!r}")
-        slowest_s = max(slowest_s, time.process_time() - begin_s)
-        if time.process_time() - begin_s > MAX_TIME_S:
-            faults.append(f"{seed}: took {time.process_time() - begin_s:.1f} s")
-        if peak_mb() > max(before_mb, begin_mb + MAX_EXTRA_MB):
-            faults.append(f"{seed}: took {peak_mb() - begin_mb:.0f} MB")
-    print(json.dumps({"faults": faults, "read": read, "slowest_s": slowest_s, "extra_mb": peak_mb() - begin_mb}))
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 def test_mutated_pictures_cost_little_and_fail_by_typed_errors() -> None:
-    result = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    *seeds, last = result.stdout.splitlines() or [""]
-    assert result.returncode == 0, f"crashed at {last}, mutated({last}) has its bytes; {result.stderr[-2000:]}"
-    figures = json.loads(last)
-    assert [int(seed) for seed in seeds] == list(range(NUM_FILES))
-    assert figures["faults"] == []
-    assert figures["extra_mb"] <= MAX_EXTRA_MB and figures["slowest_s"] <= MAX_TIME_S
-    assert NUM_FILES // 10 < figures["read"] < NUM_FILES * 9 // 10, "mutations neither break everything nor nothing"
+    assert_bounded(__file__)
 
 
 def test_the_originals_are_pictures_and_mutations_come_again() -> None:
@@ -231,4 +157,6 @@ def test_the_originals_are_pictures_and_mutations_come_again() -> None:
 
 
 if __name__ == "__main__":
-    check_all()
+    check_all(
+        originals().values(), mutated, load_picture, lambda picture: picture.mode == "RGB" and 0 not in picture.size
+    )
