@@ -8,7 +8,9 @@ Dimension key: K codebooks, T code frames, N samples, L latent channels.
 
 from __future__ import annotations
 
+import bisect
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,23 @@ from tokenizers_mm.weights import UNREADABLE, load_facts, load_weights, rounded,
 
 ISTFT_FOLDER = "istft"
 ISTFT_KIND = "istft"
+_USUAL_SCALE = 0.1
+"""Loudness (RMS) of what a transformer wrote for a codec that takes loudness out: nothing in the codes says it."""
 
 
 class AudioTokenizer:
-    """Sounds to K x T codes, and back; mono, without chunking.
+    """Sounds to K x T codes, and back.
+
+    Sounds are mono here: a stereo codec gets them twice and gives the mean of its channels. A codec that works in
+    chunks with overlap (EnCodec at 48 kHz) has its chunks' frames one after the other in T.
 
     Args:
-        model: an EncodecModel (mono, not normalising, not chunked).
+        model: an EncodecModel.
         istft: a decoder on the same codes; None uses the model's SEANet decoder.
         istft_config: its architecture.
+
+    Raises:
+        CheckpointError: an inverse-STFT decoder on a codec that works in chunks, or chunks without overlap.
     """
 
     modality: Modality = "audio"
@@ -43,11 +53,10 @@ class AudioTokenizer:
     def __init__(
         self, model: Any, istft: InverseSTFTDecoder | None = None, istft_config: InverseSTFTConfig | None = None
     ) -> None:
-        config = model.config
-        if config.audio_channels != 1 or config.normalize or config.chunk_length_s is not None:
-            raise CheckpointError(
-                "only mono EnCodec models without loudness normalisation and chunks are supported yet"
-            )
+        if model.config.chunk_length is not None and model.config.chunk_stride is None:
+            raise CheckpointError("the codec works in chunks, but its config has no overlap")
+        if istft is not None and not is_plain(model):
+            raise CheckpointError("an inverse-STFT decoder needs a mono codec without normalisation and chunks")
         self.model = model.eval().requires_grad_(False)
         self.istft = rounded(istft).eval().requires_grad_(False) if istft is not None else None
         self.istft_config = istft_config
@@ -83,15 +92,23 @@ class AudioTokenizer:
 
     @property
     def rate_hz(self) -> float:
-        """Code frames per second."""
-        return self.sample_rate_hz / self.hop
+        """Code frames per second; where chunks overlap, a little more than the codec's own."""
+        frames, seconds = 1.0, self.hop / self.sample_rate_hz
+        if (chunk := self.model.config.chunk_length) is not None:
+            frames, seconds = math.ceil(chunk / self.hop), self.model.config.chunk_stride / self.sample_rate_hz
+        return frames / seconds
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 of what decides the codes: encoder, quantiser, rate."""
         state = self.model.state_dict()
         arrays = {k: v.cpu().numpy() for k, v in state.items() if k.startswith("encoder.") or k.endswith(".embed")}
-        return fingerprint_of({"kind": "encodec", "rate_hz": self.sample_rate_hz, "hop": self.hop}, arrays)
+        config, facts = self.model.config, {"kind": "encodec", "rate_hz": self.sample_rate_hz, "hop": self.hop}
+        if not is_plain(self.model):
+            facts |= {
+                name: getattr(config, name) for name in ("normalize", "audio_channels", "chunk_length_s", "overlap")
+            }
+        return fingerprint_of(facts, arrays)
 
     @torch.inference_mode()
     def encode(self, media: SoundSource) -> Codes:
@@ -100,9 +117,16 @@ class AudioTokenizer:
         Raises:
             InputError: not a sound, or beyond the limits of `tokenizers_mm.media`.
         """
-        samples_N = torch.from_numpy(load_sound(media, rate_hz=self.sample_rate_hz).samples_T.copy())
-        codes_BKT = self.codes_of(self.model.encoder(samples_N.view(1, 1, -1).to(self.device)))
-        return Codes(codes_BKT[0], "audio", num_samples=len(samples_N))
+        samples_N = torch.from_numpy(load_sound(media, rate_hz=self.sample_rate_hz).samples_T.copy()).to(self.device)
+        config, codes, scales = self.model.config, [], []
+        for piece in self._pieces(len(samples_N)):
+            wave_1CN = samples_N[piece].expand(1, config.audio_channels, -1)
+            if config.normalize:
+                scales.append(float(wave_1CN.square().mean().sqrt()) + 1e-8)
+                wave_1CN = wave_1CN / scales[-1]
+            codes.append(self.codes_of(self.model.encoder(wave_1CN))[0])
+        loudness = tuple(scales) if config.normalize else None
+        return Codes(np.concatenate(codes, axis=1), "audio", num_samples=len(samples_N), scales=loudness)
 
     def codes_of(self, latents_BLT: Tensor) -> IntArray:
         """The encoder's output to codes, B x K x T."""
@@ -126,19 +150,46 @@ class AudioTokenizer:
             DataError: codes that this tokenizer does not have, or a number of samples that T frames cannot hold.
         """
         check_codes(codes, "audio", self.codebook_size, self.num_codebooks)
-        whole = codes.num_steps * self.hop
-        length = whole if codes.num_samples is None else codes.num_samples
-        if not whole - self.hop < length <= whole:
-            raise DataError(f"{codes.num_steps} frames of {self.hop} samples cannot be {length} samples")
         if codes.num_steps == 0:
             return Audio(np.zeros(0, np.float32), self.sample_rate_hz)
-        samples_BN = self._waveform(self.latents_of(codes))[:, :length]
-        return Audio(samples_BN[0].clamp(-1, 1).float().cpu().numpy(), self.sample_rate_hz)
+        pieces = self._pieces(self._most_samples(codes.num_steps) if codes.num_samples is None else codes.num_samples)
+        frames = self._frames(pieces)
+        if sum(frames) != codes.num_steps:
+            raise DataError(f"{codes.num_steps} frames of {self.hop} samples cannot be {codes.num_samples} samples")
+        scales = codes.scales or (_USUAL_SCALE,) * len(pieces) if self.model.config.normalize else (1.0,) * len(pieces)
+        if len(scales) != len(pieces):
+            raise DataError(f"{len(pieces)} chunks need as many scales, got {len(scales)}")
+        waves, done = [], 0
+        for piece, count, scale in zip(pieces, frames, scales, strict=True):
+            part = Codes(codes.codes_KT[:, done : done + count], "audio")
+            waves.append(self._waveform(self.latents_of(part))[0, : piece.stop - piece.start] * scale)
+            done += count
+        samples_N = _faded(waves, pieces).clamp(-1, 1)
+        return Audio(samples_N.float().cpu().numpy(), self.sample_rate_hz)
+
+    def _pieces(self, num_samples: int) -> list[slice]:
+        """What is coded by itself: everything, or chunks that overlap."""
+        if (chunk := self.model.config.chunk_length) is None:
+            return [slice(0, num_samples)]
+        starts = range(0, num_samples, self.model.config.chunk_stride)
+        return [slice(start, min(start + chunk, num_samples)) for start in starts]
+
+    def _most_samples(self, num_frames: int) -> int:
+        """Samples of so many frames where nobody knows better: the longest sound that has them."""
+        if self.model.config.chunk_length is None:
+            return num_frames * self.hop
+        counts = range(1, num_frames * self.hop + 1)
+        return bisect.bisect_right(counts, num_frames, key=lambda count: sum(self._frames(self._pieces(count))))
+
+    def _frames(self, pieces: list[slice]) -> list[int]:
+        """Code frames of each piece."""
+        return [math.ceil((piece.stop - piece.start) / self.hop) for piece in pieces]
 
     def _waveform(self, latents_BLT: Tensor) -> Tensor:
         if self.istft is not None:
             return self.istft(latents_BLT)
-        return self.model.decoder(latents_BLT)[:, 0]
+        decoded_BCN: Tensor = self.model.decoder(latents_BLT)
+        return decoded_BCN.mean(dim=1)
 
     def save(self, folder: Path) -> None:
         """Write a transformers checkpoint and, where there is one, the inverse-STFT decoder beside it."""
@@ -148,13 +199,19 @@ class AudioTokenizer:
             save_weights(folder / ISTFT_FOLDER, {"istft": self.istft})
 
     @classmethod
-    def load(cls, folder: Path) -> AudioTokenizer:
+    def load(cls, folder: Path, *, num_codebooks: int | None = None) -> AudioTokenizer:
         """Open an EnCodec checkpoint, ours or a published one.
 
+        Args:
+            folder: a transformers checkpoint.
+            num_codebooks: keep the leading codebooks only, one of EnCodec's bandwidths; what is saved then has no more.
+
         Raises:
-            CheckpointError: missing, broken, or not an EnCodec model.
+            CheckpointError: missing, broken, or not an EnCodec model, or without a bandwidth of so many codebooks.
         """
         model = _load_encodec(folder)
+        if num_codebooks is not None:
+            _keep_codebooks(model, num_codebooks)
         if not (folder / ISTFT_FOLDER).is_dir():
             return cls(model)
         facts = load_facts(folder / ISTFT_FOLDER, kind=ISTFT_KIND)
@@ -167,6 +224,35 @@ class AudioTokenizer:
             raise CheckpointError(f"{folder / ISTFT_FOLDER / 'config.json'} is broken: {error}") from error
         load_weights(folder / ISTFT_FOLDER, {"istft": istft})
         return cls(model, istft, config)
+
+
+def is_plain(model: Any) -> bool:
+    """True for an EnCodec that is mono, leaves loudness alone and works on the whole sound at once."""
+    config = model.config
+    return config.audio_channels == 1 and not config.normalize and config.chunk_length is None
+
+
+def _keep_codebooks(model: Any, num_codebooks: int) -> None:
+    counts = {model.quantizer.get_num_quantizers_for_bandwidth(kbps): kbps for kbps in model.config.target_bandwidths}
+    if num_codebooks not in counts:
+        raise CheckpointError(f"the codec has bandwidths of {sorted(counts)} codebooks, not of {num_codebooks}")
+    kept = [kbps for kbps in model.config.target_bandwidths if kbps <= counts[num_codebooks]]
+    model.config.target_bandwidths = kept
+    model.quantizer.num_quantizers, model.quantizer.layers = num_codebooks, model.quantizer.layers[:num_codebooks]
+
+
+def _faded(waves: list[Tensor], pieces: list[slice]) -> Tensor:
+    """Chunks that overlap as one sound, each loudest in its middle: as `EncodecModel` does it, for any last chunk."""
+    if len(waves) == 1:
+        return waves[0]
+    longest = len(waves[0])
+    share_N = torch.linspace(0, 1, longest + 2, device=waves[0].device)[1:-1]
+    weight_N = 0.5 - (share_N - 0.5).abs()
+    total_N, weights_N = torch.zeros(2, pieces[-1].stop, device=waves[0].device)
+    for wave_N, piece in zip(waves, pieces, strict=True):
+        total_N[piece] += weight_N[: len(wave_N)] * wave_N
+        weights_N[piece] += weight_N[: len(wave_N)]
+    return total_N / weights_N
 
 
 def _load_encodec(folder: Path) -> Any:

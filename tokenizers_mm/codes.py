@@ -38,7 +38,10 @@ class Codes:
     grid_hw: tuple[int, int] | None = None
     """Rows and columns of patches; pictures only."""
     num_samples: int | None = None
-    """Samples of the sound that was encoded: the last frame may reach beyond them. Equal codes are equal without it."""
+    """Samples of the sound that was encoded: the last frame may reach beyond them."""
+    scales: tuple[float, ...] | None = None
+    """Loudness of each chunk of the sound, where a codec takes it out. Neither this nor the number of samples is coded:
+    codes are equal without them."""
 
     def __post_init__(self) -> None:
         codes = np.asarray(self.codes_KT)
@@ -50,8 +53,8 @@ class Codes:
             raise DataError(f"a grid belongs to pictures only; got modality {self.modality!r}, grid {self.grid_hw}")
         if self.grid_hw is not None and self.grid_hw[0] * self.grid_hw[1] != codes.shape[1]:
             raise DataError(f"a {self.grid_hw[0]} x {self.grid_hw[1]} grid does not have {codes.shape[1]} patches")
-        if self.num_samples is not None and self.modality != "audio":
-            raise DataError(f"samples belong to sounds only; got modality {self.modality!r}")
+        if (self.num_samples is not None or self.scales is not None) and self.modality != "audio":
+            raise DataError(f"samples and scales belong to sounds only; got modality {self.modality!r}")
         codes = codes.astype(np.int64)  # a copy: freezing it must not freeze the caller's array
         codes.flags.writeable = False
         object.__setattr__(self, "codes_KT", codes)

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenizers_mm.audio import AudioTokenizer
+from tokenizers_mm.audio import AudioTokenizer, is_plain
 from tokenizers_mm.codes import Codes, check_codes
-from tokenizers_mm.errors import DataError, InputError
+from tokenizers_mm.errors import CheckpointError, DataError, InputError
 from tokenizers_mm.istft import InverseSTFTDecoder
 from tokenizers_mm.media import Audio, FloatArray, load_sound
 
@@ -34,9 +34,13 @@ class StreamingEncoder:
     Args:
         tokenizer: of the codes.
         chunk: code frames that are found together; more is faster, and later.
+
+    Raises:
+        CheckpointError: a codec that looks at whole chunks of sound.
     """
 
     def __init__(self, tokenizer: AudioTokenizer, *, chunk: int = 25) -> None:
+        _check(tokenizer)
         self._tokenizer = tokenizer
         self.num_samples = 0
         """Samples so far."""
@@ -94,9 +98,13 @@ class StreamingDecoder:
     Args:
         tokenizer: of the codes.
         chunk: code frames that are decoded together; more is faster, and later.
+
+    Raises:
+        CheckpointError: a codec that looks at whole chunks of sound.
     """
 
     def __init__(self, tokenizer: AudioTokenizer, *, chunk: int = 25) -> None:
+        _check(tokenizer)
         self._tokenizer = tokenizer
         self._num_codebooks: int | None = None
         hop = tokenizer.hop
@@ -210,6 +218,13 @@ class _Recurrent:
         steps_N1C = piece_1CN.permute(2, 0, 1)
         states_N1C, self._state = self._lstm(steps_N1C, self._state)
         return (states_N1C + steps_N1C).permute(1, 2, 0)
+
+
+def _check(tokenizer: AudioTokenizer) -> None:
+    if not is_plain(tokenizer.model) or tokenizer.model.config.norm_type != "weight_norm":
+        raise CheckpointError(
+            "this codec looks at whole chunks of sound (their loudness, or norms over time): encode and decode at once"
+        )
 
 
 def _is_lstm(layer: Any) -> bool:

@@ -144,5 +144,5 @@ def test_what_cannot_be_streamed_is_refused() -> None:
         decoder.push(Codes(np.full((1, 3), 64), "audio"))
     with pytest.raises(DataError, match="cannot be 81 samples"):
         tokenizer.decode(Codes(np.zeros((2, 2), int), "audio", num_samples=81))
-    with pytest.raises(DataError, match="samples belong to sounds only"):
+    with pytest.raises(DataError, match="samples and scales belong to sounds only"):
         Codes(np.zeros((1, 4), int), "image", grid_hw=(2, 2), num_samples=3)
