@@ -251,10 +251,8 @@ def _decode_sound(data: bytes, name: str) -> Audio:
 def _mono(file: Any) -> FloatArray:
     """Its samples, up to just beyond the limit, which shows excess; the header's count can be a lie of 10^12."""
     left, parts = int(MAX_SOUND_DURATION_S * file.samplerate) + 1, [np.zeros(0, np.float32)]
-    while left > 0:  # piece by piece: eight channels of a minute would be 370 MB
-        part_TC = file.read(min(left, _SOUND_BLOCK), dtype="float32", always_2d=True)
-        if not len(part_TC):
-            break
+    # Piece by piece: eight channels of a minute would be 370 MB.
+    while left > 0 and len(part_TC := file.read(min(left, _SOUND_BLOCK), dtype="float32", always_2d=True)):
         parts.append(part_TC.mean(axis=1))
         left -= len(part_TC)
     return np.concatenate(parts)
