@@ -80,7 +80,7 @@ def renamed(name: str) -> str:
 def _read(checkpoint: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # noqa: TID251  reads tensors alone
-    except Exception as error:  # noqa: BLE001  whatever a foreign file makes the reader raise
+    except Exception as error:  # whatever a foreign file makes the reader raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"cannot read a state dict from {checkpoint}: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):

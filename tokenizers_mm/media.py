@@ -48,7 +48,7 @@ MAX_AMPLITUDE = 8.0
 """Beyond full scale is allowed, sound may be hot; beyond this it is not in [-1, 1] at all."""
 
 # soundfile 0.14 bundles libsndfile 1.2.2, whose ADPCM and MAT4 readers have open CVEs: only these WAV codecs reach it.
-_SOUND_BLOCK = 2**16
+_SOUND_BLOCK = 2**16  # frames read at once: eight channels of a minute would be 370 MB
 _WAV_PCM, _WAV_FLOAT, _WAV_EXTENSIBLE = 1, 3, 0xFFFE
 
 
@@ -251,7 +251,6 @@ def _decode_sound(data: bytes, name: str) -> Audio:
 def _mono(file: Any) -> FloatArray:
     """Its samples, up to just beyond the limit, which shows excess; the header's count can be a lie of 10^12."""
     left, parts = int(MAX_SOUND_DURATION_S * file.samplerate) + 1, [np.zeros(0, np.float32)]
-    # Piece by piece: eight channels of a minute would be 370 MB.
     while left > 0 and len(part_TC := file.read(min(left, _SOUND_BLOCK), dtype="float32", always_2d=True)):
         parts.append(part_TC.mean(axis=1))
         left -= len(part_TC)
