@@ -28,6 +28,11 @@ from tokenizers_mm.weights import UNREADABLE, load_facts, load_weights, rounded,
 
 ISTFT_FOLDER = "istft"
 ISTFT_KIND = "istft"
+_USUAL = {
+    "audio_channels": 1, "normalize": False, "chunk_length_s": None, "overlap": None,
+    "use_causal_conv": False, "pad_mode": "reflect",
+}  # fmt: skip
+"""What decides codes besides the weights, as it is in the codecs trained here: fingerprints hold what differs."""
 _USUAL_SCALE = 0.1
 """Loudness (RMS) of what a transformer wrote for a codec that takes loudness out: nothing in the codes says it."""
 
@@ -104,10 +109,7 @@ class AudioTokenizer:
         state = self.model.state_dict()
         arrays = {k: v.cpu().numpy() for k, v in state.items() if k.startswith("encoder.") or k.endswith(".embed")}
         config, facts = self.model.config, {"kind": "encodec", "rate_hz": self.sample_rate_hz, "hop": self.hop}
-        if not is_plain(self.model):
-            facts |= {
-                name: getattr(config, name) for name in ("normalize", "audio_channels", "chunk_length_s", "overlap")
-            }
+        facts |= {name: value for name, usual in _USUAL.items() if (value := getattr(config, name)) != usual}
         return fingerprint_of(facts, arrays)
 
     @torch.inference_mode()
@@ -155,7 +157,8 @@ class AudioTokenizer:
         pieces = self._pieces(self._most_samples(codes.num_steps) if codes.num_samples is None else codes.num_samples)
         frames = self._frames(pieces)
         if sum(frames) != codes.num_steps:
-            raise DataError(f"{codes.num_steps} frames of {self.hop} samples cannot be {codes.num_samples} samples")
+            length = "any whole chunks" if codes.num_samples is None else f"{codes.num_samples} samples"
+            raise DataError(f"{codes.num_steps} frames of {self.hop} samples cannot be {length}")
         scales = codes.scales or (_USUAL_SCALE,) * len(pieces) if self.model.config.normalize else (1.0,) * len(pieces)
         if len(scales) != len(pieces):
             raise DataError(f"{len(pieces)} chunks need as many scales, got {len(scales)}")

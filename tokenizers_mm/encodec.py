@@ -34,7 +34,7 @@ class EncodecSize(Config):
     rate_hz: int = Field(16_000, ge=1)
     ratios: tuple[PositiveInt, ...] = Field((8, 5, 4, 2), min_length=1)
     """Strides, decoder order (the encoder has them reversed); their product is the hop."""
-    num_filters: int = Field(8, ge=1)
+    num_filters: int = Field(8, ge=2)
     """Channels of the first convolution; each stride doubles them."""
     latent_dim: int = Field(64, ge=1)
     """Channels of a frame, and width of the codebooks."""
@@ -67,7 +67,7 @@ def encodec_config(size: EncodecSize) -> Any:
 
     frame_rate = math.ceil(size.rate_hz / size.hop)
     bits = int(math.log2(size.codebook_size))
-    bandwidths = [k * bits * frame_rate / 1000 for k in range(1, size.num_codebooks + 1)]
+    bandwidths = [_bandwidth(k, bits * frame_rate) for k in range(1, size.num_codebooks + 1)]
     return EncodecConfig(
         target_bandwidths=bandwidths,
         sampling_rate=size.rate_hz,
@@ -82,6 +82,14 @@ def encodec_config(size: EncodecSize) -> Any:
         use_causal_conv=False,
         norm_type="weight_norm",
     )
+
+
+def _bandwidth(num_codebooks: int, bits_per_s: int) -> float:
+    """In kbit/s; transformers divides and rounds down, and must not lose a codebook to the last bit of a float."""
+    kbps = num_codebooks * bits_per_s / 1000
+    while kbps * 1000 // bits_per_s < num_codebooks or math.floor(kbps * 1000 / bits_per_s) < num_codebooks:
+        kbps = math.nextafter(kbps, math.inf)
+    return kbps
 
 
 class TrainableEncodec(nn.Module):
@@ -110,7 +118,7 @@ class TrainableEncodec(nn.Module):
     @property
     def is_started(self) -> bool:
         """False before the first quantised batch gave the codebooks their vectors."""
-        return bool(self.quantizer.layers[0]._codebook.initted)
+        return all(bool(layer._codebook.initted) for layer in self.quantizer.layers)
 
     def latents(self, sound_BT: Tensor) -> Tensor:
         """Waveforms to B x L x N, before the quantiser."""
@@ -118,8 +126,14 @@ class TrainableEncodec(nn.Module):
 
     def quantise(self, latents_BLN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(quantised B x L x N, codes B x K x N, commitment loss); always fp32. Dropped codebooks have code -1."""
+        several = self.size.num_codebooks > 1
+        # No codebook is left out before it has started: else held-out sound could be the first that it sees.
+        self.quantizer.quantize_dropout = several and self.size.quantizer_dropout and self.is_started
         with torch.autocast(latents_BLN.device.type, enabled=False):
-            quantised_BNL, codes_BNK, losses = self.quantizer(latents_BLN.float().transpose(1, 2))
+            latents_BNL = latents_BLN.float().transpose(1, 2)
+            quantised_BNL, codes_BNK, losses = self.quantizer(latents_BNL)
+            if several and self.training:  # of several codebooks each would pass the gradient once
+                quantised_BNL = latents_BNL + (quantised_BNL - latents_BNL).detach()
         return quantised_BNL.transpose(1, 2), codes_BNK.transpose(1, 2), losses.sum()
 
     def waveform(self, latents_BLN: Tensor) -> Tensor:

@@ -28,18 +28,19 @@ def mel_distance(predicted_BT: Tensor, sound_BT: Tensor, *, rate_hz: int) -> Ten
 
 
 def log_mel(sound_BT: Tensor, *, rate_hz: int, window: int) -> Tensor:
-    """Log-mel spectrum, B x M x N, hop a quarter of the window."""
-    spectrum_BFN = torch.stft(
-        sound_BT.float(),
-        window,
-        hop_length=window // 4,
-        window=torch.hann_window(window, device=sound_BT.device),
-        return_complex=True,
-        pad_mode="constant",
-    ).abs()
-    filters_FM = _mel_filters(rate_hz, window).to(sound_BT.device)
-    mel_BMN = (spectrum_BFN.transpose(1, 2) @ filters_FM).transpose(1, 2)
-    return torch.log(mel_BMN.clamp_min(1e-5))
+    """Log-mel spectrum, B x M x N, hop a quarter of the window; fp32, also under autocast."""
+    with torch.autocast(sound_BT.device.type, enabled=False):
+        spectrum_BFN = torch.stft(
+            sound_BT.float(),
+            window,
+            hop_length=window // 4,
+            window=torch.hann_window(window, device=sound_BT.device),
+            return_complex=True,
+            pad_mode="constant",
+        ).abs()
+        filters_FM = _mel_filters(rate_hz, window).to(sound_BT.device)
+        mel_BMN = (spectrum_BFN.transpose(1, 2) @ filters_FM).transpose(1, 2)
+        return torch.log(mel_BMN.clamp_min(1e-5))
 
 
 @lru_cache(maxsize=32)

@@ -6,11 +6,13 @@ Both are of a whole set, never of one batch: 4,096 codes cannot use more than ha
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger("anygen")
+REMEDY = "raise dead_code_share (0.25 replaces codes that die), or lower codebook_size or code_dim"
 
 
 def usage_of(codes: Tensor, codebook_size: int) -> tuple[float, float]:
@@ -31,11 +33,15 @@ class UsageMonitor(nn.Module):
         codebook_size: entries.
         window: batches that are counted together.
         alarm: share of the codebook below which `update` warns, once a window.
+        name: of the codebook, in the warning.
+        remedy: what the warning says to do.
     """
 
-    def __init__(self, codebook_size: int, *, window: int = 50, alarm: float = 0.5) -> None:
+    def __init__(
+        self, codebook_size: int, *, window: int = 50, alarm: float = 0.5, name: str = "", remedy: str = REMEDY
+    ) -> None:
         super().__init__()
-        self.window, self.alarm = window, alarm
+        self.window, self.alarm, self._name, self._remedy = window, alarm, name, remedy
         self._hits: Tensor
         self._batches: Tensor
         self._figures: Tensor
@@ -49,13 +55,14 @@ class UsageMonitor(nn.Module):
         self._hits += torch.bincount(codes.flatten(), minlength=len(self._hits))
         self._batches += 1
         if int(self._batches) >= self.window:
-            self._figures.copy_(torch.tensor(_usage(self._hits)))
+            seen = bool(self._hits.any())  # a codebook that was left out all the time has no figures
+            self._figures.copy_(torch.tensor(_usage(self._hits) if seen else (math.nan, math.nan)))
             possible = min(1.0, float(self._hits.sum()) / len(self._hits))
             if (usage := float(self._figures[0])) < self.alarm * possible:
                 logger.warning(
-                    "codebook collapse: the last %d batches used %.1f %% of %d codes (alarm below %.0f %%); raise "
-                    "dead_code_share (0.25 replaces codes that die), or lower codebook_size or code_dim",
-                    *(self.window, 100 * usage, len(self._hits), 100 * self.alarm),
+                    "codebook collapse%s: the last %d batches used %.1f %% of %d codes (alarm below %.0f %%); %s",
+                    *(self._name and f" ({self._name})", self.window, 100 * usage, len(self._hits), 100 * self.alarm),
+                    self._remedy,
                 )
             self._hits.zero_()
             self._batches.zero_()

@@ -56,11 +56,12 @@ def mean_of(values_N: npt.NDArray[np.floating]) -> Score:
 
 
 def difference_of(left_N: npt.NDArray[np.floating], right_N: npt.NDArray[np.floating]) -> Score:
-    """Difference of two means with its normal 95 % interval; the count is the left one's."""
+    """Difference of two means with its normal 95 % interval, none of one value; the count is the left one's."""
     if not len(left_N) or not len(right_N):
         return Score(math.nan, math.nan, math.nan, 0)
     value = float(left_N.mean(dtype=np.float64) - right_N.mean(dtype=np.float64))
     spread = 1.96 * math.sqrt(sum(_squared_error(part) for part in (left_N, right_N)))
+    spread = math.nan if len(left_N) == 1 else spread
     return Score(value, value - spread, value + spread, len(left_N))
 
 

@@ -72,7 +72,7 @@ def shown_value(figure: Figure, explained: Explained) -> str:
 
 def shown_interval(figure: Figure, explained: Explained) -> str:
     """The 95 % interval, empty where there is none."""
-    if figure.low is None or figure.high is None:
+    if figure.low is None or figure.high is None or math.isnan(figure.low):
         return ""
     unit = explained[figure.name][0]
     return f"[{_short(figure.low, unit)}, {_short(figure.high, unit)}]"

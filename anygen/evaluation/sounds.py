@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ MAX_SOUNDS = 200
 """Of one group, unless a limit says otherwise."""
 _WIDE_HZ, _NARROW_HZ = 16_000, 8_000
 _SPEED_SOUNDS = 10
+_STOI_S = 0.0256
+"""One frame of its spectrum."""
+_WORST_PESQ = 1.0
 
 EXPLAINED: Explained = {
     "codes used": ("%", "Share of the codebook that occurs."),
@@ -45,8 +48,11 @@ EXPLAINED: Explained = {
     "bits per second": ("bits/s", "Codes per second times the bits of one."),
     "STOI": ("", "Short-time objective intelligibility, 0 to 1 (pystoi)."),
     "ESTOI": ("", "Extended STOI, stricter where loudness changes (pystoi)."),
-    "PESQ": ("MOS", "ITU-T P.862: wide band at 16 kHz, narrow band where the tokenizer has less; -0.5 to 4.64."),
-    "SI-SDR": ("dB", "Scale-invariant signal to distortion ratio: low wherever phases are free, as in vocoders."),
+    "PESQ": ("MOS", "ITU-T P.862, wide band at 16 kHz, narrow band where the tokenizer has less: noise 1.0, best 4.6."),
+    "SI-SDR": (
+        "dB",
+        "Scale-invariant signal to distortion ratio, -60 to 60: low where phases are free, as in vocoders.",
+    ),
     "mel distance": ("", "Mean absolute difference of log-mel spectrograms at six window sizes."),
     "real-time factor": ("", "Seconds of work for one second of sound, one sound at a time."),
 }
@@ -102,7 +108,9 @@ def evaluate_sounds(tokenizer: AudioTokenizer, data: Path, *, limit: int | None 
         figures += _usage(tokenizer, group, sounds)
         for books in _book_counts(tokenizer.num_codebooks):
             name = group if books == tokenizer.num_codebooks else f"{group}, first {books} of {tokenizer.num_codebooks}"
-            decoded = [tokenizer.decode(Codes(sound.codes.codes_KT[:books], "audio")) for sound in sounds]
+            decoded = [
+                tokenizer.decode(replace(sound.codes, codes_KT=sound.codes.codes_KT[:books])) for sound in sounds
+            ]
             values = measures.of(group, [sound.audio for sound in sounds], decoded)
             figures += [
                 figure_of(m, name, mean_of(v[~np.isnan(v)])) for m, v in values.items() if not np.isnan(v).all()
@@ -118,7 +126,7 @@ def evaluate_sounds(tokenizer: AudioTokenizer, data: Path, *, limit: int | None 
 
 
 def si_sdr(original_N: npt.NDArray[np.floating], decoded_N: npt.NDArray[np.floating]) -> float:
-    """Scale-invariant signal to distortion ratio in dB (arXiv 1811.02508); NaN for silence.
+    """Scale-invariant signal to distortion ratio in dB (arXiv 1811.02508), within 60 of 0; NaN without a signal.
 
     >>> round(si_sdr(np.array([1.0, 0.0, -1.0]), np.array([2.0, 0.2, -2.0])), 1)
     23.0
@@ -127,9 +135,10 @@ def si_sdr(original_N: npt.NDArray[np.floating], decoded_N: npt.NDArray[np.float
     energy = float(original_N @ original_N)
     target_N = (float(decoded_N @ original_N) / energy if energy else 0.0) * original_N
     distortion = float(np.square(decoded_N - target_N).sum())
-    if not energy or not distortion or not target_N.any():
+    if not energy:
         return math.nan
-    return 10 * math.log10(float(target_N @ target_N) / distortion)
+    ratio = float(target_N @ target_N) / distortion if distortion else math.inf if target_N.any() else 0.0
+    return 10 * math.log10(min(max(ratio, 1e-6), 1e6))
 
 
 def _groups(tokenizer: AudioTokenizer, data: Path, limit: int) -> dict[str, list[_Sound]]:
@@ -244,6 +253,8 @@ class _Measures:
         return {name: np.array(values) for name, values in table.items()}
 
     def _intelligibility(self, original: Audio, decoded: Audio, *, extended: bool) -> float:
+        if not original.samples_T.any() or len(original.samples_T) < _STOI_S * self._rate_hz:
+            return math.nan
         with warnings.catch_warnings():
             warnings.simplefilter("error", RuntimeWarning)  # it returns 1e-5 where too little is not silent
             try:
@@ -256,8 +267,10 @@ class _Measures:
 
         rate_hz, mode = (_WIDE_HZ, "wb") if self._rate_hz >= _WIDE_HZ else (_NARROW_HZ, "nb")
         a, b = (sound.resampled(rate_hz).samples_T for sound in (original, decoded))
-        if not a.any() or not b.any():  # it would divide by their loudness
+        if not a.any():
             return math.nan
+        if not b.any():  # it would divide by the loudness
+            return _WORST_PESQ
         try:
             return float(self._pesq(rate_hz, a, b, mode))
         except PesqError:

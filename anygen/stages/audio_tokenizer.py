@@ -23,7 +23,7 @@ from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.encodec import MIN_SPREAD, EncodecSize, TrainableEncodec
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
 from tokenizers_mm.msstft import MSSTFTConfig
-from tokenizers_mm.spectral import mel_distance
+from tokenizers_mm.spectral import WINDOWS, mel_distance
 from tokenizers_mm.usage import usage_of
 from tokenizers_mm.weights import rounded
 
@@ -51,7 +51,8 @@ class AudioTokenizerConfig(StageConfig):
     """Weight of keeping latents close to their codes."""
     adversarial: MSSTFTConfig = MSSTFTConfig()
     balancer: bool = False
-    """Take the weights as shares of the gradient at the waveform; commitment's stays a plain weight."""
+    """Take the weights as shares of the gradient at the waveform; commitment's stays a plain weight, and weighs ten to
+    twenty times less beside them than without the balancer."""
     min_spread: float = Field(MIN_SPREAD, ge=0)
     """Spread of the encoder's output, relative to its mean, below which no codebook is started on it."""
     usage_window: int = Field(50, ge=1)
@@ -67,8 +68,11 @@ class AudioTokenizerConfig(StageConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.crop == 0:
-            raise ValueError(f"crop_s={self.crop_s} is shorter than one code frame of {self.codec.hop} samples")
+        if self.crop < max(self.codec.hop, WINDOWS[0]):
+            raise ValueError(
+                f"crop_s={self.crop_s} is too short: a piece has a code frame of {self.codec.hop} samples or more, and "
+                f"{WINDOWS[0]} samples for the shortest spectrum"
+            )
         if self.adversarial.weight and self.crop < (longest := max(self.adversarial.windows)):
             raise ValueError(f"crop_s={self.crop_s} is shorter than the discriminator's window of {longest} samples")
         if self.steps_without_quantiser >= self.loop.steps:
@@ -126,7 +130,7 @@ class _CodecTraining:
         for item in range(0, len(self._held_out), max(1, len(self._held_out) // 32)):
             samples_T = self._held_out.samples(item)
             samples_T = samples_T[: len(samples_T) // codec.size.hop * codec.size.hop]
-            if len(samples_T) == 0:
+            if len(samples_T) < WINDOWS[0]:
                 continue
             sound_1T = torch.from_numpy(samples_T.copy())[None].to(device)
             latents_1LN = codec.latents(sound_1T)
@@ -134,7 +138,7 @@ class _CodecTraining:
                 latents_1LN, codes_1KN, _ = codec.quantise(latents_1LN)
                 codes.append(codes_1KN[0].cpu())
             distances.append(mel_distance(self._loss.decoded(latents_1LN), sound_1T, rate_hz=codec.size.rate_hz))
-        figures = {"mel": float(torch.stack(distances).mean())}
+        figures = {"mel": float(torch.stack(distances).mean())} if distances else {}
         for book, codes_F in enumerate(torch.cat(codes, dim=1) if codes else ()):
             usage, perplexity = usage_of(codes_F, codec.size.codebook_size)
             figures |= {f"usage{book or ''}": usage, f"perplexity{book or ''}": perplexity}

@@ -64,8 +64,14 @@ class CodecLoss(nn.Module):
         self._step: Tensor
         self.register_buffer("_step", torch.zeros((), dtype=torch.long))
         self.monitors = nn.ModuleList(
-            UsageMonitor(codec.size.codebook_size, window=usage_window, alarm=usage_alarm)
-            for _ in range(codec.size.num_codebooks)
+            UsageMonitor(
+                codec.size.codebook_size,
+                window=usage_window,
+                alarm=usage_alarm,
+                name=f"codebook {book + 1} of {codec.size.num_codebooks}",
+                remedy="lower codec.codebook_size or codec.num_codebooks, or raise steps_without_quantiser",
+            )
+            for book in range(codec.size.num_codebooks)
         )
 
     def forward(self, sound_BT: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

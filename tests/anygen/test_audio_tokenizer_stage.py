@@ -136,6 +136,11 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     for name in ("model.safetensors", "config.json"):
         mine, other = (config.folder / "tokenizer" / name for config in (whole, parts))
         assert mine.read_bytes() == other.read_bytes()
+    rows = [
+        [{k: v for k, v in json.loads(line).items() if k != "step_s"} for line in (c.folder / "metrics.jsonl").open()]
+        for c in (whole, parts)
+    ]
+    assert rows[0] == rows[1], "the monitors and the balancer go on too"
 
 
 def test_encodecs_own_start_is_refused_unless_one_insists(root: Path, tmp_path: Path) -> None:
@@ -153,7 +158,8 @@ def test_collapse_is_told(root: Path, tmp_path: Path, caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"crop_s": 0.01}, "shorter than one code frame of 160 samples"),
+        ({"crop_s": 0.01}, "a code frame of 160 samples or more"),
+        ({"crop_s": 0.007, "codec": {"ratios": [5, 4]}}, "64 samples for the shortest spectrum"),
         ({"adversarial": {"weight": 1.0}, "crop_s": 0.2}, "discriminator's window of 2048 samples"),
         ({"steps_without_quantiser": 6}, "leaves no step with codes"),
     ],
@@ -161,6 +167,30 @@ def test_collapse_is_told(root: Path, tmp_path: Path, caplog: pytest.LogCaptureF
 def test_recipes_that_cannot_work_are_refused(root: Path, fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         recipe_of(root, **fields)
+
+
+def test_commitment_has_its_weight(root: Path) -> None:
+    batch = torch.from_numpy(np.stack([voice(n) for n in range(4)]))
+    size = EncodecSize(rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=16)
+    shown = []
+    for weight in (0.0, 3.0):
+        torch.manual_seed(0)
+        loss = CodecLoss(
+            TrainableEncodec(size, tokens_per_batch=100),
+            None,
+            weights={"mel": 1.0, "wave": 0.0, "commitment": weight},
+            judge=MSSTFTConfig(),
+            judge_start=0,
+            balanced=True,
+            steps_without_quantiser=0,
+            min_spread=0.0,
+            usage_window=50,
+            usage_alarm=0.0,
+        )
+        value, parts = loss(batch)
+        assert parts["commitment"] > 0
+        shown.append(float(value.detach()) - float(parts["mel"]) - weight * float(parts["commitment"].detach()))
+    assert shown == pytest.approx([0, 0], abs=1e-4)
 
 
 def gradients(balanced: bool, scale: float) -> torch.Tensor:

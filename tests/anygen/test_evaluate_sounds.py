@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, audio_tokenizer: AudioTokenize
     """A run with two held-out sounds, of which one is too short for STOI, and three of an unheard voice."""
     root = tmp_path_factory.mktemp("run")
     (root / "data").mkdir()
-    sounds = {"train": [1.0], "validation": [1.0], "test": [0.05], "unheard": [0.9, 1.0, 1.1]}
+    sounds = {"train": [1.0], "validation": [1.0], "test": [0.01], "unheard": [0.9, 1.0, 1.1]}
     for number, (split, lengths) in enumerate(sounds.items()):
         spoken = [flac_of(voice(10 * number + i, length)) for i, length in enumerate(lengths)]
         records = [
@@ -64,9 +64,10 @@ class Perfect:
 
     def encode(self, audio: Audio) -> Codes:
         self.sounds.append(audio)
-        return Codes(np.array([[len(self.sounds) % 4] * 10]), "audio")
+        return Codes(np.array([[len(self.sounds) % 4] * 10]), "audio", num_samples=len(audio.samples_T), scales=(0.5,))
 
     def decode(self, codes: Codes) -> Audio:
+        assert codes.num_samples and codes.scales == (0.5,), "what is not coded comes along"
         matching = [n for n in range(len(self.sounds)) if (n + 1) % 4 == codes.codes_KT[0, 0]]
         return self.sounds[matching[0]]
 
@@ -98,7 +99,10 @@ def test_si_sdr_knows_no_scale_and_no_phase_by_heart() -> None:
     noise *= np.linalg.norm(tone) / np.linalg.norm(noise)
     assert si_sdr(tone, 3 * tone + 0.3 * noise) == pytest.approx(20, abs=1e-6)
     assert si_sdr(tone, 0.1 * (tone + noise)) == pytest.approx(0, abs=1e-6)
-    assert math.isnan(si_sdr(np.zeros(9), np.ones(9))) and math.isnan(si_sdr(tone, 0 * tone))
+    assert math.isnan(si_sdr(np.zeros(9), np.ones(9)))
+    assert si_sdr(tone, 0 * tone) == -60 and si_sdr(tone, tone) == pytest.approx(60), (
+        "silence is the worst answer, not none"
+    )
 
 
 def test_the_whole_road(run: Path, tmp_path: Path) -> None:
@@ -154,5 +158,7 @@ def test_pesq_of_the_same_sound_is_its_best(run: Path, audio_tokenizer: AudioTok
     measures = _Measures(RATE_HZ)
     values = measures.of("x", sounds, sounds)["PESQ"]
     assert values[0] > 4.5 and math.isnan(values[1])
+    assert measures.of("x", sounds[:1], sounds[1:])["PESQ"][0] == 1.0, "silence is the worst answer"
+    assert math.isnan(measures.of("x", sounds[1:], sounds[:1])["STOI"][0]), "nothing to be understood"
     noisy = Audio(sounds[0].samples_T + np.random.default_rng(0).normal(size=RATE_HZ).astype(np.float32) * 0.1, RATE_HZ)
     assert measures.of("x", sounds[:1], [noisy])["PESQ"][0] < 3

@@ -10,7 +10,7 @@ import torch
 
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.codes import Codes
-from tokenizers_mm.encodec import EncodecSize, TrainableEncodec, check_start, spread_of
+from tokenizers_mm.encodec import EncodecSize, TrainableEncodec, check_start, encodec_config, spread_of
 from tokenizers_mm.errors import CheckpointError, DataError, InputError, TrainingError
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
 from tokenizers_mm.media import Audio
@@ -60,6 +60,50 @@ def test_training_quantiser_and_exported_model_give_equal_codes() -> None:
     assert torch.equal(found, expected[0])
 
 
+@pytest.mark.parametrize("num_codebooks", [1, 2, 4])
+def test_the_gradient_passes_any_number_of_codebooks_once(num_codebooks: int) -> None:
+    torch.manual_seed(0)
+    size = SIZE.model_copy(update={"num_codebooks": num_codebooks, "quantizer_dropout": False})
+    codec = TrainableEncodec(size, tokens_per_batch=200).train()
+    latents = torch.randn(4, 8, 50)
+    codec.quantise(latents)
+    latents.requires_grad_()
+    quantised, _, _ = codec.quantise(latents)
+    passed = torch.randn(quantised.shape)
+    (gradient,) = torch.autograd.grad((quantised * passed).sum(), latents)
+    gain = float((gradient * passed).sum() / passed.square().sum())
+    assert gain == pytest.approx(1.0) if num_codebooks > 1 else 0.3 < gain < 1.1, "one codebook rotates it"
+
+
+def test_all_codebooks_start_on_the_first_batch_whatever_is_dropped_later() -> None:
+    size = SIZE.model_copy(update={"num_codebooks": 4})
+    for seed in range(8):
+        torch.manual_seed(seed)
+        codec = TrainableEncodec(size, tokens_per_batch=200).train()
+        assert not codec.is_started
+        codec.quantise(torch.randn(2, 8, 50))
+        assert codec.is_started
+    dropped = [(codec.quantise(torch.randn(2, 8, 50))[1] < 0).any() for _ in range(20)]
+    assert any(dropped) and not all(dropped)
+
+
+@pytest.mark.parametrize("ratios", [(8, 6, 5), (8, 8, 4), (8, 5, 4, 2)])
+@pytest.mark.parametrize("num_codebooks", [3, 6, 12, 13])
+def test_no_codebook_is_lost_to_rounding(ratios: tuple[int, ...], num_codebooks: int) -> None:
+    size = EncodecSize(ratios=ratios, num_filters=2, latent_dim=4, codebook_size=1024, num_codebooks=num_codebooks)
+    quantizer = TrainableEncodec(size, tokens_per_batch=200).model.quantizer
+    assert len(quantizer.layers) == num_codebooks
+    bandwidths = encodec_config(size).target_bandwidths
+    assert [quantizer.get_num_quantizers_for_bandwidth(kbps) for kbps in bandwidths] == [*range(1, num_codebooks + 1)]
+
+
+def test_mel_distances_are_exact_under_autocast() -> None:
+    sound = speech_like()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mel_distance(0.9 * sound, sound, rate_hz=8000)
+    assert found.dtype == torch.float32 and torch.equal(found, mel_distance(0.9 * sound, sound, rate_hz=8000))
+
+
 @pytest.mark.parametrize("num_samples", [1, 159, 160, 161, 8000, 12_345])
 def test_lengths(audio_tokenizer: AudioTokenizer, num_samples: int) -> None:
     codes = audio_tokenizer.encode((np.zeros(num_samples, np.float32), 8000))
@@ -84,8 +128,6 @@ def test_leading_codebooks_decode_alone_and_bad_codes_do_not(audio_tokenizer: Au
 def test_the_start_makes_the_encoder_listen() -> None:
     """EnCodec's stock start gives latents that hardly depend on the sound; ours do."""
     from transformers import EncodecModel
-
-    from tokenizers_mm.encodec import encodec_config
 
     torch.manual_seed(0)
     sound = speech_like()[:, None] * 0.5

@@ -76,6 +76,8 @@ def test_feature_matching_is_relative_and_zero_for_the_same_sound() -> None:
     sound, other = tones_and_noise(0)
     near, same, far = (feature_loss(judge(sound), judge(decoded)).item() for decoded in (0.9 * sound, sound, other))
     assert same == 0 < near < far
+    louder = [[j._replace(features=[10 * f for f in j.features]) for j in judge(decoded)] for decoded in (sound, other)]
+    assert feature_loss(*louder).item() == pytest.approx(far)
 
 
 def test_shares_of_the_gradient_do_not_depend_on_the_scale_of_a_loss() -> None:
@@ -90,6 +92,9 @@ def test_shares_of_the_gradient_do_not_depend_on_the_scale_of_a_loss() -> None:
         return found
 
     assert torch.allclose(gradient(1.0), gradient(1e4), rtol=1e-4)
+    leaf = torch.zeros(1, 2, requires_grad=True)
+    shares = Balancer({"a": 3.0, "b": 1.0})({"a": 7 * leaf[0, 0], "b": 0.1 * leaf[0, 1]}, leaf)
+    assert torch.allclose(shares, torch.tensor([[0.75, 0.25]]))
     leaf = torch.zeros(5, 40, requires_grad=True)
     alone = Balancer({"a": 3.0, "b": 1.0})({"b": (leaf * other).sum()}, leaf)
     assert torch.allclose(alone, other / other.norm(dim=1).mean()), "an absent loss takes no share"
