@@ -97,9 +97,9 @@ def _picture_tokenizer(path: Path) -> Facts:
 
 
 def _is_picture_tokenizer(path: Path) -> bool:
-    from anygen.evaluation.picture_page import is_picture_tokenizer
+    from anygen.evaluation.tokenizers import kind_of
 
-    return is_picture_tokenizer(path)
+    return kind_of(path) == "picture"
 
 
 def _coded_shard(path: Path) -> Facts:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -20,12 +19,11 @@ import torch
 from PIL import Image
 
 from anygen._version import __version__
-from anygen.errors import InputError
 from anygen.evaluation.picture_coding import open_judge, reconstruct
 from anygen.evaluation.picture_samples import Bytes, RealPictures
 from anygen.evaluation.pictures import EXPLAINED, Evaluation, evaluate_pictures
-from anygen.evaluation.report import check_out, rows_of, write_report
-from tokenizers_mm.image import KIND, ImageTokenizer
+from anygen.evaluation.report import check_out, data_of, rows_of, write_report
+from tokenizers_mm.image import ImageTokenizer
 
 NUM_SHOWN, NUM_WORST, NUM_CODES, NUM_PATCHES = 48, 16, 64, 12
 
@@ -50,15 +48,6 @@ class ShownCode:
     patches: str
 
 
-def is_picture_tokenizer(folder: Path) -> bool:
-    """True for a folder that holds a picture tokenizer, whole or broken."""
-    try:
-        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(facts, dict) and facts.get("kind") == KIND
-
-
 def evaluate_folder(
     folder: Path, *, data: Path | None = None, teacher: Path | None = None, out: Path, limit: int | None = None
 ) -> dict[str, Any]:
@@ -76,9 +65,7 @@ def evaluate_folder(
         AnyGenError: tokenizer, data or teacher are broken, or a package is missing.
     """
     out = check_out(out)
-    data = data or folder.resolve().parent.parent / "data"
-    if not any(data.glob("*.tar")):
-        raise InputError(f"there are no record shards (*.tar) in {data}: name the folder of stage data with --data")
+    data = data_of(folder, data)
     tokenizer = ImageTokenizer.load(folder)
     tokenizer.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     judge = open_judge(folder, teacher=teacher, device=tokenizer.device)

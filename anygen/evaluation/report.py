@@ -90,6 +90,18 @@ def check_out(out: Path) -> Path:
     return out
 
 
+def data_of(tokenizer: Path, data: Path | None) -> Path:
+    """Where the shards are: as named, or beside the stage that trained the tokenizer.
+
+    Raises:
+        InputError: there are none.
+    """
+    data = data or tokenizer.resolve().parent.parent / "data"
+    if not any(data.glob("*.tar")):
+        raise InputError(f"there are no record shards (*.tar) in {data}: name the folder of stage data with --data")
+    return data
+
+
 def write_report(
     out: Path, report: dict[str, Any], figures: Iterable[Figure], *, template: str, explained: Explained, **shown: Any
 ) -> None:

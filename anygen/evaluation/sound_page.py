@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ import torch
 
 from anygen._version import __version__
 from anygen.data.source import flac_of
-from anygen.errors import InputError
-from anygen.evaluation.report import check_out, rows_of, write_report
+from anygen.evaluation.report import check_out, data_of, rows_of, write_report
 from anygen.evaluation.sounds import EXPLAINED, GROUPS, Heard, SoundEvaluation, evaluate_sounds
 from anygen.evaluation.spectrogram import draw_spectrogram
 from tokenizers_mm.audio import AudioTokenizer
@@ -43,15 +41,6 @@ class Shown:
     label: str
 
 
-def is_sound_tokenizer(folder: Path) -> bool:
-    """True for a folder that holds a sound tokenizer, whole or broken."""
-    try:
-        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(facts, dict) and facts.get("model_type") == "encodec"
-
-
 def evaluate_folder(folder: Path, *, data: Path | None = None, out: Path, limit: int | None = None) -> dict[str, Any]:
     """Evaluate the sound tokenizer in a folder; writes `report.json` and `index.html` and returns the report.
 
@@ -66,9 +55,7 @@ def evaluate_folder(folder: Path, *, data: Path | None = None, out: Path, limit:
         AnyGenError: tokenizer or data are broken, or a package is missing.
     """
     out = check_out(out)
-    data = data or folder.resolve().parent.parent / "data"
-    if not any(data.glob("*.tar")):
-        raise InputError(f"there are no record shards (*.tar) in {data}: name the folder of stage data with --data")
+    data = data_of(folder, data)
     tokenizer = AudioTokenizer.load(folder)
     tokenizer.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     evaluation = evaluate_sounds(tokenizer, data, limit=limit)

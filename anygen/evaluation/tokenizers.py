@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 from anygen.errors import InputError
 from anygen.evaluation import picture_page, pictures, sound_page, sounds
 from anygen.evaluation.report import lines_of
+from tokenizers_mm.image import KIND
 
 
 def kind_of(folder: Path) -> Literal["picture", "sound"] | None:
-    """The tokenizer in a folder; None for everything else."""
-    if picture_page.is_picture_tokenizer(folder):
+    """The tokenizer in a folder, whole or broken; None for everything else."""
+    try:
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(facts, dict):
+        return None
+    if facts.get("kind") == KIND:
         return "picture"
-    return "sound" if sound_page.is_sound_tokenizer(folder) else None
+    return "sound" if facts.get("model_type") == "encodec" else None
 
 
 def evaluate_tokenizer(

@@ -20,9 +20,10 @@ from anygen.evaluation.emoji import Score
 from anygen.evaluation.fidelity import MAX_PSNR_DB, difference_of, mean_of, psnr, ssim
 from anygen.evaluation.frechet import covariance, frechet_distance
 from anygen.evaluation.picture_coding import code_pictures, open_judge, reconstruct
-from anygen.evaluation.picture_page import evaluate_folder, is_picture_tokenizer, patches_at
+from anygen.evaluation.picture_page import evaluate_folder, patches_at
 from anygen.evaluation.picture_samples import RealPictures, draw_samples, to_bytes
 from anygen.evaluation.probes import PROBES, Task, bag_of_codes, ratio_of, tasks_of
+from anygen.evaluation.tokenizers import kind_of
 from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.teacher import TeacherConfig
@@ -249,7 +250,7 @@ def test_patches_lie_in_row_order(image_tokenizer: ImageTokenizer) -> None:
 
 def test_the_whole_road_from_the_command_line(run: Path, tmp_path: Path) -> None:
     folder, out = run / "image_tokenizer" / "tokenizer", tmp_path / "out"
-    assert is_picture_tokenizer(folder)
+    assert kind_of(folder) == "picture"
     result = CliRunner().invoke(app, ["evaluate", str(folder), "--out", str(out), "--json"], catch_exceptions=False)
     report = json.loads(result.stdout)
     assert report == json.loads((out / "report.json").read_text())

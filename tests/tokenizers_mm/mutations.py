@@ -43,6 +43,20 @@ def inserted(data: bytes, chooser: Chooser) -> bytes:
     return data[:place] + new + data[place:]
 
 
+def shuffled(pieces: list[bytes], chooser: Chooser) -> list[bytes]:
+    """Two pieces swapped, or one repeated up to 200 times, or one left out."""
+    pieces = list(pieces)
+    one, other = (int(i) for i in chooser.integers(0, len(pieces), 2))
+    way = int(chooser.integers(3))
+    if way == 0:
+        pieces[one], pieces[other] = pieces[other], pieces[one]
+    elif way == 1:
+        pieces[one:one] = [pieces[other]] * int(chooser.choice([1, 2, 200]))
+    else:
+        del pieces[one]
+    return pieces
+
+
 def peak_mb() -> float:
     """Most memory this process ever held. `ru_maxrss` would start with what pytest holds: it survives exec."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mutations import Chooser, assert_bounded, check_all, flipped, flipped_in_the_header, inserted, truncated
+from mutations import Chooser, assert_bounded, check_all, flipped, flipped_in_the_header, inserted, shuffled, truncated
 from PIL import Image
 
 from tokenizers_mm.media import load_picture
@@ -74,16 +74,7 @@ def mutated(seed: int) -> bytes:
 
 def rearranged(data: bytes, chooser: Chooser) -> bytes:
     """Two chunks swapped, or one repeated up to 200 times, or one left out."""
-    pieces = parts(data)
-    one, other = (int(i) for i in chooser.integers(0, len(pieces), 2))
-    way = int(chooser.integers(3))
-    if way == 0:
-        pieces[one], pieces[other] = pieces[other], pieces[one]
-    elif way == 1:
-        pieces[one:one] = [pieces[other]] * int(chooser.choice([1, 2, 200]))
-    else:
-        del pieces[one]
-    return b"".join(pieces)
+    return b"".join(shuffled(parts(data), chooser))
 
 
 def resized(data: bytes, chooser: Chooser) -> bytes:

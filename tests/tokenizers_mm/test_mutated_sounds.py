@@ -26,6 +26,7 @@ from mutations import (
     flipped_in_the_header,
     inserted,
     peak_mb,
+    shuffled,
     truncated,
 )
 
@@ -88,22 +89,13 @@ def lied(data: bytes, chooser: Chooser) -> bytes:
     return bytes(out)
 
 
-def shuffled(data: bytes, chooser: Chooser) -> bytes:
+def rearranged(data: bytes, chooser: Chooser) -> bytes:
     """Pieces of 40 bytes: two swapped, or one repeated up to 200 times, or one left out."""
-    pieces = [data[i : i + 40] for i in range(0, len(data), 40)]
-    one, other = (int(i) for i in chooser.integers(0, len(pieces), 2))
-    way = int(chooser.integers(3))
-    if way == 0:
-        pieces[one], pieces[other] = pieces[other], pieces[one]
-    elif way == 1:
-        pieces[one:one] = [pieces[other]] * int(chooser.choice([1, 2, 200]))
-    else:
-        del pieces[one]
-    return b"".join(pieces)
+    return b"".join(shuffled([data[i : i + 40] for i in range(0, len(data), 40)], chooser))
 
 
 MUTATIONS: tuple[Callable[[bytes, Chooser], bytes], ...] = (
-    flipped, flipped_in_the_header, truncated, inserted, shuffled, lied,
+    flipped, flipped_in_the_header, truncated, inserted, rearranged, lied,
 )  # fmt: skip
 
 
