@@ -182,7 +182,7 @@ def test_model_starts_near_uniform_and_is_reproducible(vocabulary: Vocabulary) -
         assert torch.equal(left, right)
     logits = packed_logits(first, random_documents(vocabulary, (30,)))
     labels = torch.randint(0, vocabulary.used, (30,), generator=torch.Generator().manual_seed(0))
-    assert abs(float(F.cross_entropy(logits, labels)) - np.log(vocabulary.size)) < 0.3
+    assert abs(F.cross_entropy(logits, labels).item() - np.log(vocabulary.size)) < 0.3
 
 
 def test_config_dial_and_overrides(vocabulary: Vocabulary) -> None:
