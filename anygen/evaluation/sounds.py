@@ -9,7 +9,6 @@ import math
 import random
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -170,7 +169,7 @@ def _book_counts(num_codebooks: int) -> list[int]:
     >>> _book_counts(6)
     [1, 2, 4, 6]
     """
-    return sorted({2**i for i in range(num_codebooks.bit_length())} - {0} | {num_codebooks})
+    return sorted({2**i for i in range(num_codebooks.bit_length())} | {num_codebooks})
 
 
 def _usage(tokenizer: AudioTokenizer, group: str, sounds: list[_Sound]) -> Iterator[Figure]:
@@ -244,7 +243,7 @@ class _Measures:
                 table[name].append(measure(a, b))
             progress.advance()
         progress.close()
-        missing = Counter({name: int(np.isnan(values).sum()) for name, values in table.items()})
+        missing = {name: int(np.isnan(values).sum()) for name, values in table.items()}
         self.skipped |= {
             f"{name} of {count} sounds ({group})": "too short or too quiet for it"
             for name, count in missing.items()
