@@ -81,7 +81,8 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)  # noqa: TID251  reads tensors alone
     except Exception as error:  # whatever a foreign file makes the reader raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # Torch's own message advises to run whatever code a file holds.
+        reason = error.strerror if isinstance(error, OSError) else "it is not a file of tensors alone"
         raise CheckpointError(f"cannot read a state dict from {checkpoint}: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise CheckpointError(f"{checkpoint} holds no state dict; expected a .th file of the encodec package")
