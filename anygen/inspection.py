@@ -1,4 +1,7 @@
-"""`anygen inspect`: what a path holds, in facts. Bundles, runs, checkpoints, shards, recipes, generated files."""
+"""`anygen inspect`: what a path holds, in facts.
+
+Bundles, tokenizers, runs, checkpoints, shards, recipes, generated files.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def inspect_path(path: Path) -> Facts:
                 raise
             except (*UNREADABLE, SyntaxError, IndexError, struct.error) as error:
                 raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
-    raise InputError(f"{path} is not a bundle, run, checkpoint, shard, recipe or generated file")
+    raise InputError(f"{path} is not a bundle, run, tokenizer, checkpoint, shard, recipe or generated file")
 
 
 def _bundle(path: Path) -> Facts:
@@ -96,10 +99,20 @@ def _picture_tokenizer(path: Path) -> Facts:
     }
 
 
-def _is_picture_tokenizer(path: Path) -> bool:
-    from anygen.evaluation.tokenizers import kind_of
+def _sound_tokenizer(path: Path) -> Facts:
+    from anygen.stages.published_codec import codec_facts
+    from tokenizers_mm.audio import AudioTokenizer
 
-    return kind_of(path) == "picture"
+    return {"kind": "sound tokenizer", **codec_facts(AudioTokenizer.load(path))}
+
+
+def _is_tokenizer_of(kind: str) -> Callable[[Path], bool]:
+    def test(path: Path) -> bool:
+        from anygen.evaluation.tokenizers import kind_of
+
+        return kind_of(path) == kind
+
+    return test
 
 
 def _coded_shard(path: Path) -> Facts:
@@ -157,7 +170,8 @@ def _answer(path: Path) -> Facts:
 
 _KINDS: list[tuple[Callable[[Path], bool], Callable[[Path], Facts]]] = [
     (lambda p: (p / "anygen.json").is_file(), _bundle),
-    (_is_picture_tokenizer, _picture_tokenizer),
+    (_is_tokenizer_of("picture"), _picture_tokenizer),
+    (_is_tokenizer_of("sound"), _sound_tokenizer),
     (lambda p: (p / "state.safetensors").is_file(), _checkpoint),
     (lambda p: (p / "records.jsonl").is_file() and (p / MANIFEST).is_file(), _coded_shard),
     (lambda p: p.is_dir() and any(p.glob("*/started.json")), _run),

@@ -38,13 +38,16 @@ class EncodecSize(Config):
     """Channels of the first convolution; each stride doubles them."""
     latent_dim: int = Field(64, ge=1)
     """Channels of a frame, and width of the codebooks."""
+    causal: bool = False
+    """Convolutions that see the past only, as EnCodec at 24 kHz has them: live coding, a little worse at equal size."""
     lstm_layers: int = Field(1, ge=1)
     """Layers of the LSTM behind the convolutions."""
     codebook_size: int = Field(1024, ge=2)
     """A power of two: transformers' EnCodec derives bits from it."""
     num_codebooks: int = Field(1, ge=1)
-    quantizer_dropout: bool = True
-    """Train on fewer codebooks at times, so that leading ones decode alone (EnCodec's bandwidths)."""
+    quantizer_dropout: float = Field(0.5, ge=0, le=1)
+    """Share of the steps that use fewer codebooks, so that leading ones decode alone (EnCodec's bandwidths; the share
+    is DAC's, arXiv 2306.06546, section 3.3)."""
     start: Literal["variance_preserving", "stock"] = "variance_preserving"
     """Initial weights; with EnCodec's own a small codec does not begin to learn."""
 
@@ -79,7 +82,7 @@ def encodec_config(size: EncodecSize) -> Any:
         codebook_dim=size.latent_dim,
         codebook_size=size.codebook_size,
         num_lstm_layers=size.lstm_layers,
-        use_causal_conv=False,
+        use_causal_conv=size.causal,
         norm_type="weight_norm",
     )
 
@@ -112,8 +115,11 @@ class TrainableEncodec(nn.Module):
             kmeans_iters=20,
             threshold_ema_dead_code=dead_code_share * tokens_per_batch / size.codebook_size,
             rotation_trick=True,
-            quantize_dropout=size.quantizer_dropout and size.num_codebooks > 1,
+            quantize_dropout=size.num_codebooks > 1,
         )
+        for layer in self.quantizer.layers:
+            # A new code starts with the mean hits, not at the threshold: else it is replaced again before it is hit.
+            layer._codebook.reset_cluster_size = tokens_per_batch / size.codebook_size
 
     @property
     def is_started(self) -> bool:
@@ -124,17 +130,26 @@ class TrainableEncodec(nn.Module):
         """Waveforms to B x L x N, before the quantiser."""
         return self.model.encoder(sound_BT[:, None])
 
-    def quantise(self, latents_BLN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(quantised B x L x N, codes B x K x N, commitment loss); always fp32. Dropped codebooks have code -1."""
+    def quantise(self, latents_BLN: Tensor, *, leave_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """(quantised B x L x N, codes B x K x N, commitment loss); always fp32. Dropped codebooks have code -1.
+
+        Commitment is relative to the latents' variance: the encoder is free to choose its scale, and large latents do
+        not drown the other losses when the codebooks start.
+
+        Args:
+            latents_BLN: the encoder's output.
+            leave_out: in training use a random number of leading codebooks only.
+        """
         several = self.size.num_codebooks > 1
         # No codebook is left out before it has started: else held-out sound could be the first that it sees.
-        self.quantizer.quantize_dropout = several and self.size.quantizer_dropout and self.is_started
+        self.quantizer.quantize_dropout = several and leave_out and self.is_started
         with torch.autocast(latents_BLN.device.type, enabled=False):
             latents_BNL = latents_BLN.float().transpose(1, 2)
             quantised_BNL, codes_BNK, losses = self.quantizer(latents_BNL)
             if several and self.training:  # of several codebooks each would pass the gradient once
                 quantised_BNL = latents_BNL + (quantised_BNL - latents_BNL).detach()
-        return quantised_BNL.transpose(1, 2), codes_BNK.transpose(1, 2), losses.sum()
+            variance = latents_BNL.detach().flatten(0, 1).var(0, correction=0).mean().clamp_min(1e-8)
+        return quantised_BNL.transpose(1, 2), codes_BNK.transpose(1, 2), losses.sum() / variance
 
     def waveform(self, latents_BLN: Tensor) -> Tensor:
         """Latent frames to a waveform of N x hop samples, with EnCodec's own decoder."""

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokenizers_mm.audio import AudioTokenizer, is_plain
+from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.codes import Codes, check_codes
+from tokenizers_mm.encodec_folder import is_plain
 from tokenizers_mm.errors import CheckpointError, DataError, InputError
 from tokenizers_mm.istft import InverseSTFTDecoder
 from tokenizers_mm.media import Audio, FloatArray, load_sound
@@ -240,9 +241,10 @@ def _with_channel(istft: InverseSTFTDecoder) -> Callable[[Tensor], Tensor]:
 
 
 def _istft_reach(istft: InverseSTFTDecoder) -> int:
-    """Frames to each side: every convolution's, and the frames that overlap."""
+    """Code frames to each side: every convolution's, and the frames that overlap."""
     kernel = istft.embed.kernel_size[0]
-    return (1 + len(istft.blocks)) * (kernel // 2) + math.ceil(istft.window / istft.hop)
+    frames = (1 + len(istft.blocks)) * (kernel // 2) + math.ceil(istft.window / istft.hop)
+    return math.ceil(frames / istft.upsampling)
 
 
 def _reach(layers: Iterable[nn.Module], inputs_per_frame: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from anygen._version import __version__
 from anygen.data.source import flac_of
 from anygen.evaluation.report import check_out, data_of, rows_of, write_report
-from anygen.evaluation.sounds import EXPLAINED, GROUPS, Heard, SoundEvaluation, evaluate_sounds
+from anygen.evaluation.sounds import EXPLAINED, Heard, SoundEvaluation, evaluate_sounds
 from anygen.evaluation.spectrogram import draw_spectrogram
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.media import Audio
@@ -59,7 +60,7 @@ def evaluate_folder(folder: Path, *, data: Path | None = None, out: Path, limit:
     tokenizer = AudioTokenizer.load(folder)
     tokenizer.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     evaluation = evaluate_sounds(tokenizer, data, limit=limit)
-    counts = {group: sum(heard.group == group for heard in evaluation.heard) for group in GROUPS}
+    counts = Counter(heard.group for heard in evaluation.heard)
     report = {
         "tokenizer": str(folder),
         "data": str(data),
@@ -68,7 +69,7 @@ def evaluate_folder(folder: Path, *, data: Path | None = None, out: Path, limit:
         "frames_per_second": tokenizer.rate_hz,
         "codebook_size": tokenizer.codebook_size,
         "num_codebooks": tokenizer.num_codebooks,
-        "sounds": {group: count for group, count in counts.items() if count},
+        "sounds": dict(counts),
         "figures": rows_of(evaluation.figures),
         "skipped": evaluation.skipped,
         "warnings": [],
@@ -83,9 +84,9 @@ def evaluate_folder(folder: Path, *, data: Path | None = None, out: Path, limit:
 def _galleries(evaluation: SoundEvaluation) -> dict[str, list[Shown]]:
     """Heading -> sounds: the first of each group, and the least intelligible."""
     chosen: dict[str, list[Heard]] = {}
-    for group in GROUPS:
-        if sounds := [heard for heard in evaluation.heard if heard.group == group]:
-            chosen[f"The first {min(NUM_SHOWN, len(sounds))} sounds, {group}"] = sounds[:NUM_SHOWN]
+    for group in dict.fromkeys(heard.group for heard in evaluation.heard):
+        sounds = [heard for heard in evaluation.heard if heard.group == group]
+        chosen[f"The first {min(NUM_SHOWN, len(sounds))} sounds, {group}"] = sounds[:NUM_SHOWN]
     rated = sorted((heard for heard in evaluation.heard if heard.estoi == heard.estoi), key=lambda heard: heard.estoi)
     chosen[f"The {min(NUM_WORST, len(rated))} sounds with the lowest ESTOI"] = rated[:NUM_WORST]
     return {heading: [_shown(heard) for heard in sounds] for heading, sounds in chosen.items() if sounds}

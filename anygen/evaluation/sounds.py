@@ -31,7 +31,8 @@ from tokenizers_mm.spectral import mel_distance
 from tokenizers_mm.usage import usage_of
 
 Doubles = npt.NDArray[np.float64]
-GROUPS = {"held out": ("validation", "test"), "unheard voices": ("unheard",)}
+_Place = tuple[RecordStore, int, int]
+HELD_OUT, UNHEARD = ("validation", "test"), ("unheard",)
 MAX_SOUNDS = 200
 """Of one group, unless a limit says otherwise."""
 _WIDE_HZ, _NARROW_HZ = 16_000, 8_000
@@ -141,12 +142,12 @@ def si_sdr(original_N: npt.NDArray[np.floating], decoded_N: npt.NDArray[np.float
 
 
 def _groups(tokenizer: AudioTokenizer, data: Path, limit: int) -> dict[str, list[_Sound]]:
+    chosen: dict[str, list[_Place]] = {"held out": _places(data, HELD_OUT)}
+    for place in _places(data, UNHEARD):
+        store, index, turn = place
+        chosen.setdefault(f"unheard: {store.voices(index)[turn]}", []).append(place)
     found: dict[str, list[_Sound]] = {}
-    for group, splits in GROUPS.items():
-        stores = [RecordStore(paths) for split in splits if (paths := sorted(data.glob(f"{split}-*.tar")))]
-        places = [
-            (store, i, turn) for store in stores for i in range(len(store)) for turn in range(store.num_sounds(i))
-        ]
+    for group, places in chosen.items():
         places = random.Random(0).sample(places, min(limit, len(places)))
         progress = Progress(f"encoding, {group}", len(places))
         sounds = []
@@ -161,6 +162,12 @@ def _groups(tokenizer: AudioTokenizer, data: Path, limit: int) -> dict[str, list
     if not found:
         raise DataError(f"no sound is held out in {data}: validation, test and unheard shards hold none")
     return found
+
+
+def _places(data: Path, splits: tuple[str, ...]) -> list[_Place]:
+    """Every sound of some splits: store, record, utterance."""
+    stores = [RecordStore(paths) for split in splits if (paths := sorted(data.glob(f"{split}-*.tar")))]
+    return [(store, i, turn) for store in stores for i in range(len(store)) for turn in range(store.num_sounds(i))]
 
 
 def _book_counts(num_codebooks: int) -> list[int]:

@@ -5,9 +5,12 @@ The first steps run without the quantiser, so that its k-means starts on an enco
 
 from __future__ import annotations
 
+import math
+import random
 from typing import Any, Literal, Self
 
 import numpy as np
+import soxr
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -27,6 +30,8 @@ from tokenizers_mm.spectral import WINDOWS, mel_distance
 from tokenizers_mm.usage import usage_of
 from tokenizers_mm.weights import rounded
 
+MAX_JOINED = 32
+
 
 class AudioTokenizerConfig(StageConfig):
     """Recipe of the stage."""
@@ -39,12 +44,16 @@ class AudioTokenizerConfig(StageConfig):
     """Of the inverse-STFT decoder."""
     crop_s: float = Field(1.0, gt=0)
     """Length of the pieces of sound that are trained on."""
+    speed_change: float = Field(0.0, ge=0, lt=1)
+    """Play pieces up to this share faster or slower, pitch and formants with it: more voices than the data have."""
     batch_size: int = Field(16, ge=1)
     """Pieces a step."""
     steps_without_quantiser: int = Field(200, ge=0)
     """First steps, in which the encoder learns to tell sounds apart."""
     mel_weight: float = Field(2.0, gt=0)
     """Weight of the distance of multi-scale mel spectrograms."""
+    mel_floor_db: float | None = Field(-80.0, lt=0)
+    """What is quieter hardly counts in it, in dB of a full-scale sine; null counts all down to -148 dB."""
     wave_weight: float = Field(0.5, ge=0)
     """Weight of the distance of waveforms."""
     commitment_weight: float = Field(0.25, ge=0)
@@ -75,6 +84,10 @@ class AudioTokenizerConfig(StageConfig):
             )
         if self.adversarial.weight and self.crop < (longest := max(self.adversarial.windows)):
             raise ValueError(f"crop_s={self.crop_s} is shorter than the discriminator's window of {longest} samples")
+        if self.decode_with == "istft" and self.codec.hop % self.decoder.upsampling:
+            raise ValueError(
+                f"decoder.upsampling={self.decoder.upsampling} does not divide the codec's hop of {self.codec.hop}"
+            )
         if self.steps_without_quantiser >= self.loop.steps:
             raise ValueError(f"steps_without_quantiser={self.steps_without_quantiser} leaves no step with codes")
         return self
@@ -107,13 +120,22 @@ class _CodecTraining:
     def next_batch(self) -> Tensor:
         items = self._order.next()
         generator = self._order.generator()
-        crops = []
-        for item in items:
-            samples_T = self._sounds.samples(item)
-            start = generator.randint(0, max(0, len(samples_T) - self._crop))
-            crop_T = samples_T[start : start + self._crop] * generator.uniform(0.6, 1.3)
-            crops.append(np.pad(crop_T, (0, self._crop - len(crop_T))))
-        return torch.from_numpy(np.stack(crops).astype(np.float32))
+        return torch.from_numpy(np.stack([self._piece(item, generator) for item in items]).astype(np.float32))
+
+    def _piece(self, item: int, generator: random.Random) -> Any:
+        """A piece of the sound; what follows a short one are others, so that no step is spent on padding."""
+        speed = (1 + self._config.speed_change) ** generator.uniform(-1, 1)
+        length = math.ceil(self._crop * speed) + 1
+        sounds = [self._sounds.samples(item)]
+        while sum(map(len, sounds)) < length and len(sounds) < MAX_JOINED:
+            sounds.append(self._sounds.samples(generator.randrange(len(self._sounds))))
+        samples_T = np.concatenate(sounds)
+        samples_T = np.pad(samples_T, (0, max(0, length - len(samples_T))))
+        start = generator.randint(0, len(samples_T) - length)
+        piece_T = samples_T[start : start + length]
+        if self._config.speed_change:
+            piece_T = soxr.resample(piece_T, self._config.codec.rate_hz * speed, self._config.codec.rate_hz)
+        return piece_T[: self._crop] * generator.uniform(0.6, 1.3)
 
     def to_device(self, batch: Tensor, device: torch.device) -> Tensor:
         return batch.to(device)
@@ -166,6 +188,7 @@ def _codec_loss(config: AudioTokenizerConfig, codec: TrainableEncodec, istft: In
         min_spread=config.min_spread,
         usage_window=config.usage_window,
         usage_alarm=config.usage_alarm,
+        mel_floor_db=config.mel_floor_db,
     )
 
 

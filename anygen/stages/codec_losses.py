@@ -19,6 +19,8 @@ from tokenizers_mm.msstft import (
 from tokenizers_mm.spectral import mel_distance
 from tokenizers_mm.usage import UsageMonitor
 
+_GOLDEN = (5**0.5 - 1) / 2
+
 
 class CodecLoss(nn.Module):
     """Codec, decoder, discriminator and the monitors of the codebooks.
@@ -33,6 +35,7 @@ class CodecLoss(nn.Module):
         steps_without_quantiser: first steps.
         min_spread: of the latents that a codebook may start on.
         usage_window, usage_alarm: of the monitors.
+        mel_floor_db: of the mel spectra.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class CodecLoss(nn.Module):
         min_spread: float,
         usage_window: int,
         usage_alarm: float,
+        mel_floor_db: float | None = None,
     ) -> None:
         super().__init__()
         self.codec, self.istft = codec, istft
@@ -61,6 +65,7 @@ class CodecLoss(nn.Module):
             self._weights |= {"features": judge.feature_weight}
         self.balancer = Balancer(self._weights) if balanced else None
         self._judge_start, self._start, self._min_spread = judge_start, steps_without_quantiser, min_spread
+        self._mel_floor_db = mel_floor_db
         self._step: Tensor
         self.register_buffer("_step", torch.zeros((), dtype=torch.long))
         self.monitors = nn.ModuleList(
@@ -83,13 +88,15 @@ class CodecLoss(nn.Module):
         if step >= self._start:
             if not self.codec.is_started:
                 check_start(latents_BLN, self._min_spread)
-            latents_BLN, codes_BKN, commitment = self.codec.quantise(latents_BLN)
+            # Evenly spread over the steps, and the same on all processes.
+            leave_out = step * _GOLDEN % 1 < self.codec.size.quantizer_dropout
+            latents_BLN, codes_BKN, commitment = self.codec.quantise(latents_BLN, leave_out=leave_out)
             report = self._watched(codes_BKN)
         decoded_BT = self.decoded(latents_BLN)
         # The losses see a leaf: the balancer needs each one's gradient at the waveform, once.
         leaf_BT = decoded_BT.detach().requires_grad_() if self.balancer else decoded_BT
         parts = {
-            "mel": mel_distance(leaf_BT, sound_BT, rate_hz=self.codec.size.rate_hz),
+            "mel": mel_distance(leaf_BT, sound_BT, rate_hz=self.codec.size.rate_hz, floor_db=self._mel_floor_db),
             "wave": (leaf_BT - sound_BT).abs().mean(),
         }
         theirs = None

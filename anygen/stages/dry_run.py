@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from anygen.stages.base import StageConfig
 from anygen.stages.image_tokenizer import ImageTokenizerConfig, open_teacher
+from anygen.stages.published_codec import PublishedCodecConfig, codec_facts, open_codec
 from anygen.training.loop import LoopConfig
 from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig
 from tokenizers_mm.patchgan import PatchDiscriminator
@@ -27,15 +28,17 @@ _BYTES_PER_PARAMETER = 16
 
 
 def weigh(config: StageConfig) -> dict[str, Any]:
-    """What a recipe would do: its whole configuration, and for a picture tokenizer what that costs.
+    """What a recipe would do: its whole configuration, what a picture tokenizer costs, what a published codec is.
 
     Raises:
-        CheckpointError, ConfigError: the recipe names a teacher that cannot be used.
+        CheckpointError, ConfigError: the recipe names a teacher or a codec that cannot be used.
     """
     facts: dict[str, Any] = {"config": config.model_dump(mode="json")}
     if isinstance(config, ImageTokenizerConfig):
         found = (config.teacher.path or config.root / "teacher" / "model").is_dir()
         facts |= weigh_image_tokenizer(config, open_teacher(config) if found else None)
+    if isinstance(config, PublishedCodecConfig):
+        facts["codec"] = codec_facts(open_codec(config))
     return facts
 
 

@@ -46,6 +46,8 @@ STAGES: dict[str, Stage] = {
     "gallery": Stage("GalleryConfig", ("bundle",)),
 }
 """Every stage, in the order in which a family runs them."""
+ALTERNATIVES = {("audio_tokenizer", "checkpoint"): ("published_codec", "PublishedCodecConfig")}
+"""Stage and a key that makes its recipe one of another kind -> where that kind's code is."""
 OPTIONAL = ("teacher", "image_tokenizer", "audio_tokenizer")
 """A teacher may come from elsewhere, and a run may do without pictures or without sound."""
 
@@ -72,8 +74,10 @@ def load_recipe(
     name = values.get("stage")
     if not isinstance(name, str) or name not in STAGES:
         raise ConfigError(f"{path}: stage is {name!r}; expected one of {', '.join(STAGES)}")
-    module = importlib.import_module(f"anygen.stages.{name}")
-    return cast(StageConfig, build(getattr(module, STAGES[name].config_class), values, source=str(path)))
+    kinds = [place for (stage, key), place in ALTERNATIVES.items() if stage == name and key in values]
+    code, config_class = kinds[0] if kinds else (name, STAGES[name].config_class)
+    module = importlib.import_module(f"anygen.stages.{code}")
+    return cast(StageConfig, build(getattr(module, config_class), values, source=str(path)))
 
 
 def run_folder(folder: Path, overrides: Iterable[str] = (), *, root: Path | None = None) -> list[StageResult]:
@@ -124,7 +128,7 @@ def _run_locked(config: StageConfig) -> StageResult:
     write_json(config.folder / STARTED_JSON, {"identity": identity})
     logger.info("%s: running in %s", config.stage, config.folder)
     started = time.monotonic()
-    result: StageResult = importlib.import_module(f"anygen.stages.{config.stage}").main(config)
+    result: StageResult = importlib.import_module(type(config).__module__).main(config)
     figures = {name: value for name, value in result.metrics.items() if name not in ("step_s", "tokens_per_s")}
     facts = {
         "identity": identity,

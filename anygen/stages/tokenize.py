@@ -7,7 +7,7 @@ and again.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from anygen.stages.base import StageConfig, StageResult
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import Progress
 from tokenizers_mm.audio import AudioTokenizer
+from tokenizers_mm.audio_batches import grouped
 from tokenizers_mm.codes import Codes
 from tokenizers_mm.image import ImageTokenizer, square, to_pixels
 from tokenizers_mm.media import load_picture
@@ -73,12 +74,11 @@ def coded_facts(image: ImageTokenizer | None, audio: AudioTokenizer | None) -> d
 
 
 def _encode(store: RecordStore, image: ImageTokenizer | None, audio: AudioTokenizer | None) -> Iterator[CodedRecord]:
-    # sounds differ in length: one a thread keeps every core busy, where threads inside one sound would wait
+    # a group of sounds a thread keeps every core busy, where threads inside one layer would wait
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for start in range(0, len(store), _BATCH):
             records = [store[index] for index in range(start, min(start + _BATCH, len(store)))]
-            sounds = [u.sound for record in records for u in record.utterances] if audio is not None else []
-            codes = pool.map(audio.encode, sounds) if audio is not None else iter(())
+            codes = iter(_encode_sounds(records, audio, pool)) if audio is not None else iter(())
             for record, picture in zip(records, _encode_pictures(records, image), strict=True):
                 utterances = tuple(
                     CodedUtterance(u.text, u.voice, next(codes)) for u in record.utterances if audio is not None
@@ -86,6 +86,20 @@ def _encode(store: RecordStore, image: ImageTokenizer | None, audio: AudioTokeni
                 yield CodedRecord(
                     record.key, record.kind, record.captions, picture, utterances, record.objects, record.questions
                 )
+
+
+def _encode_sounds(records: list[Record], audio: AudioTokenizer, pool: Executor) -> list[Codes]:
+    """Codes of every utterance in order: in groups, twice as fast; they are the same for any number of threads."""
+    rate_hz = audio.sample_rate_hz
+    sounds = list(pool.map(lambda u: u.audio(rate_hz), [u for record in records for u in record.utterances]))
+    groups = grouped([len(sound.samples_T) for sound in sounds])
+    encoded = pool.map(audio.encode_batch, [[sounds[place] for place in group] for group in groups])
+    found = {
+        place: codes
+        for group, batch in zip(groups, encoded, strict=True)
+        for place, codes in zip(group, batch, strict=True)
+    }
+    return [found[place] for place in range(len(sounds))]
 
 
 def _encode_pictures(records: list[Record], image: ImageTokenizer | None) -> list[Codes | None]:

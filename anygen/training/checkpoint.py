@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class Restored:
     step: int
     """The next step to do."""
     extra: dict[str, Any]
-    """What was passed to `save`."""
+    averages: dict[str, torch.Tensor]
+    """Both as they were passed to `save`."""
 
 
 def save(
@@ -42,9 +44,19 @@ def save(
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
     *,
+    averages: Mapping[str, torch.Tensor] | None = None,
     keep: int = 2,
 ) -> Path:
     """Publish the state before step `step`; older checkpoints beyond `keep` are deleted only after that.
+
+    Args:
+        folder: of the checkpoints.
+        step: the next one to do.
+        module: what is trained.
+        optimizer: of its weights.
+        extra: JSON-able state of the rest.
+        averages: means of the module's weights, by name.
+        keep: checkpoints that stay.
 
     Raises:
         CheckpointError: the disk is full or not writable; what was there before is intact.
@@ -52,7 +64,9 @@ def save(
     path = folder / f"step-{step:08d}"
     try:
         with publishing(path) as temporary:
-            save_file({**_module_tensors(module), **_optimizer_tensors(optimizer)}, temporary / "state.safetensors")
+            means = {f"average.{name}": tensor.contiguous() for name, tensor in (averages or {}).items()}
+            tensors = {**_module_tensors(module), **_optimizer_tensors(optimizer), **means}
+            save_file(tensors, temporary / "state.safetensors")
             write_json(temporary / "state.json", {"step": step, "extra": extra})
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free // 2**20 if folder.exists() else 0
@@ -95,7 +109,8 @@ def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Re
             raise CheckpointError(f"{path} is of another model: {len(odd)} tensors differ, {odd[0]!r} first")
         module.load_state_dict({name.removeprefix("module."): t for name, t in found.items()}, strict=False)
         _load_optimizer(optimizer, {name: t for name, t in tensors.items() if name.startswith("optimizer.")})
-        return Restored(int(state["step"]), dict(state["extra"]))
+        means = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
+        return Restored(int(state["step"]), dict(state["extra"]), means)
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise

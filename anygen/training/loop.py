@@ -7,6 +7,7 @@ bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import time
@@ -22,6 +23,7 @@ from anygen.config import Config
 from anygen.errors import ConfigError, TrainingError
 from anygen.seeding import borrowed_randomness, seed_of
 from anygen.training import checkpoint
+from anygen.training.averaging import WeightAverage
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import MetricsLog, Progress
 from anygen.training.schedule import OptimizerConfig, learning_rate, make_optimizer
@@ -43,6 +45,8 @@ class LoopConfig(Config):
     validate_every: int = Field(0, ge=0)
     """0 validates at the end only."""
     save_every: int = Field(200, ge=1)
+    ema_decay: float = Field(0.0, ge=0, lt=1, exclude_if=lambda decay: decay == 0)
+    """Validate and return a running mean of the weights, 0.99 for one over a hundred steps; 0 for the last weights."""
     compile: bool = False
     """torch.compile of the trainee's repeated blocks: about 1.4x faster after half a minute of compiling."""
 
@@ -81,6 +85,8 @@ class Trainee(Protocol):
 def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> dict[str, float]:
     """Train to the end, or go on from the newest checkpoint in `folder`; returns the last figures.
 
+    With `ema_decay` the trainee's module has the averaged weights afterwards; checkpoints hold both.
+
     Raises:
         TrainingError: loss or gradient became NaN or infinite; no such update was applied.
         Interrupted: SIGTERM or SIGINT, after a checkpoint was saved.
@@ -94,6 +100,9 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
     if config.compile:
         trainee.compile()
     module, optimizer = accelerator.prepare(trainee.module, optimizer)
+    average = WeightAverage(trainee.module, config.ema_decay) if config.ema_decay else None
+    if average and restored:
+        average.load(restored.averages)
     log = MetricsLog(folder, resume_step=start)
     progress = Progress(title, config.steps, start=start)
     meter = _Meter()
@@ -101,12 +110,13 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
 
     def save(step: int) -> None:
         if accelerator.is_main_process:
-            checkpoint.save(folder / CHECKPOINTS, step, accelerator.unwrap_model(module), optimizer, trainee.state())
+            plain, averages = accelerator.unwrap_model(module), average.tensors if average else {}
+            checkpoint.save(folder / CHECKPOINTS, step, plain, optimizer, trainee.state(), averages=averages)
         accelerator.wait_for_everyone()
 
     def validate() -> dict[str, float]:
         module.eval()
-        with torch.no_grad():
+        with torch.no_grad(), average.applied() if average else contextlib.nullcontext():
             figures = trainee.validate(module, accelerator.device)
         module.train()
         return {f"validation_{name}": value for name, value in figures.items()}
@@ -124,6 +134,8 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
                 group["lr"] = learning_rate(config.optimizer, step, config.steps) * group.get("lr_ratio", 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            if average:
+                average.update(step)
             meter.add({"loss": loss, "grad_norm": grad_norm, **report})
             done = step + 1
             validates = done == config.steps or (config.validate_every and done % config.validate_every == 0)
@@ -141,6 +153,8 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
     if start >= config.steps:  # a crash between the last step and the stage's end
         values = validate()
     save(config.steps)
+    if average:
+        average.apply()
     accelerator.unwrap_model(module, keep_fp32_wrapper=False)  # takes the autocast wrapper off forward, in place
     trainee.module.eval()
     return values

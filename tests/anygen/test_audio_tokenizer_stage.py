@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from anygen.config import build
 from anygen.data.records import Record, Utterance, write_shard
@@ -113,10 +114,33 @@ def test_every_variant_trains_saves_and_is_an_encodec_model(root: Path, tmp_path
         assert np.allclose(decoded, np.clip(waveform[: len(decoded)], -1, 1), atol=1e-6)
 
 
+def test_averaged_weights_are_saved_and_codebooks_as_they_are(root: Path, tmp_path: Path) -> None:
+    last, averaged = (
+        recipe_of(root, tmp_path / str(decay), decode_with="seanet", loop={"ema_decay": decay}) for decay in (0.0, 0.9)
+    )
+    run_stage(last)
+    run_stage(averaged)
+    checkpoints = [
+        load_file(c.folder / "checkpoints" / "step-00000006" / "state.safetensors") for c in (last, averaged)
+    ]
+    trained = {name: tensor for name, tensor in checkpoints[0].items() if name.startswith("module.")}
+    assert all(torch.equal(checkpoints[1][name], tensor) for name, tensor in trained.items()), "training is the same"
+    saved = load_file(averaged.folder / "tokenizer" / "model.safetensors")
+    count = 0
+    for name, mean in checkpoints[1].items():
+        if (found := saved.get(name.removeprefix("average.codec.model."))) is not None:
+            assert torch.equal(found, mean.bfloat16().float())
+            count += not torch.equal(mean, trained[name.replace("average.", "module.")])
+    assert count > 20
+    codebook = trained["module.codec.quantizer.layers.0._codebook.embed"][0]
+    assert torch.equal(saved["quantizer.layers.0.codebook.embed"], codebook)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ema_decay: float
 ) -> None:
-    fields = {**VARIANTS["judged and balanced"], "codec": {"num_codebooks": 2}}
+    fields = {**VARIANTS["judged and balanced"], "codec": {"num_codebooks": 2}, "loop": {"ema_decay": ema_decay}}
     whole, parts = (recipe_of(root, tmp_path / name, **fields) for name in ("whole", "parts"))
     run_stage(whole)
     trainee = audio_tokenizer._CodecTraining
@@ -162,11 +186,68 @@ def test_collapse_is_told(root: Path, tmp_path: Path, caplog: pytest.LogCaptureF
         ({"crop_s": 0.007, "codec": {"ratios": [5, 4]}}, "64 samples for the shortest spectrum"),
         ({"adversarial": {"weight": 1.0}, "crop_s": 0.2}, "discriminator's window of 2048 samples"),
         ({"steps_without_quantiser": 6}, "leaves no step with codes"),
+        ({"decoder": {"upsampling": 3}}, "does not divide the codec's hop of 160"),
+        ({"mel_floor_db": 3}, "mel_floor_db"),
+        ({"speed_change": 1.0}, "speed_change"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused(root: Path, fields: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         recipe_of(root, **fields)
+
+
+def test_no_step_is_spent_on_padding(root: Path) -> None:
+    """Pieces longer than any sound here; slower and faster ones have the same number of samples."""
+    for speed_change in (0.0, 0.3):
+        config = recipe_of(root, crop_s=1.2, speed_change=speed_change)
+        first, again = (audio_tokenizer._CodecTraining(config) for _ in range(2))
+        batch = first.next_batch()
+        assert batch.shape == (8, config.crop) and batch.dtype == torch.float32
+        assert torch.equal(batch, again.next_batch()), "the order alone decides"
+        loudness = batch.unfold(1, 800, 800).square().mean(-1).sqrt()
+        assert (loudness > 1e-3).all(), "silent nowhere"
+        assert not torch.equal(batch, first.next_batch())
+
+
+def test_speed_changes_pitch(root: Path) -> None:
+    pitches = []
+    for speed_change in (0.0, 0.5):
+        trainee = audio_tokenizer._CodecTraining(recipe_of(root, speed_change=speed_change))
+        pieces = torch.cat([trainee.next_batch() for _ in range(4)])
+        spectrum = torch.fft.rfft(pieces).abs()
+        pitches.append((spectrum * torch.arange(spectrum.shape[1])).sum(1) / spectrum.sum(1))
+    assert pitches[1].std() > 1.3 * pitches[0].std()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_codebooks_are_left_out_in_a_share_of_the_steps(share: float) -> None:
+    torch.manual_seed(0)
+    size = EncodecSize(
+        rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=4, num_codebooks=4,
+        quantizer_dropout=share,
+    )  # fmt: skip
+    loss = CodecLoss(
+        TrainableEncodec(size, tokens_per_batch=100),
+        InverseSTFTDecoder(InverseSTFTConfig(width=8, depth=1), latent_dim=8, hop=160),
+        weights={"mel": 1.0, "wave": 0.0, "commitment": 0.25},
+        judge=MSSTFTConfig(),
+        judge_start=0,
+        balanced=False,
+        steps_without_quantiser=0,
+        min_spread=0.0,
+        usage_window=50,
+        usage_alarm=0.0,
+    )
+    asked: list[bool] = []
+    quantise = loss.codec.quantise
+    loss.codec.quantise = lambda latents, *, leave_out: (
+        asked.append(leave_out) or quantise(latents, leave_out=leave_out)
+    )  # type: ignore[assignment,method-assign,func-returns-value]
+    batch = torch.from_numpy(np.stack([voice(n) for n in range(4)]))
+    with torch.no_grad():
+        for _ in range(40):
+            loss(batch)
+    assert abs(sum(asked) - 40 * share) <= (1 if share == 0.5 else 0), "all over the steps, none where it is 0"
 
 
 def test_commitment_has_its_weight(root: Path) -> None:

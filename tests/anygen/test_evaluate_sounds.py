@@ -38,14 +38,14 @@ def voice(seed: int, seconds: float = 1.0) -> Audio:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, audio_tokenizer: AudioTokenizer) -> Path:
-    """A run with two held-out sounds, of which one is too short for STOI, and three of an unheard voice."""
+    """A run with two held-out sounds, of which one is too short for STOI, and four of unheard voices: three of v, one of w."""
     root = tmp_path_factory.mktemp("run")
     (root / "data").mkdir()
-    sounds = {"train": [1.0], "validation": [1.0], "test": [0.01], "unheard": [0.9, 1.0, 1.1]}
+    sounds = {"train": [1.0], "validation": [1.0], "test": [0.01], "unheard": [0.9, 1.0, 1.1, 1.0]}
     for number, (split, lengths) in enumerate(sounds.items()):
         spoken = [flac_of(voice(10 * number + i, length)) for i, length in enumerate(lengths)]
         records = [
-            Record(f"r{i}", captions=("<b>x</b>",), utterances=(Utterance("<b>x</b>", "v", s),))
+            Record(f"r{i}", captions=("<b>x</b>",), utterances=(Utterance("<b>x</b>", "v" if i < 3 else "w", s),))
             for i, s in enumerate(spoken)
         ]
         write_shard(root / "data" / f"{split}-00000.tar", [*records, Record("silent", captions=("none",))])
@@ -56,7 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, audio_tokenizer: AudioTokenize
 class Perfect:
     """Gives back what it was given; its codes are places in a list."""
 
-    codebook_size, num_codebooks, rate_hz, sample_rate_hz = 4, 1, 50.0, RATE_HZ
+    codebook_size, num_codebooks, rate_hz, sample_rate_hz = 8, 1, 50.0, RATE_HZ
 
     def __init__(self, tokenizer: AudioTokenizer) -> None:
         self.device = tokenizer.device
@@ -64,31 +64,31 @@ class Perfect:
 
     def encode(self, audio: Audio) -> Codes:
         self.sounds.append(audio)
-        return Codes(np.array([[len(self.sounds) % 4] * 10]), "audio", num_samples=len(audio.samples_T), scales=(0.5,))
+        return Codes(np.array([[len(self.sounds) % 8] * 10]), "audio", num_samples=len(audio.samples_T), scales=(0.5,))
 
     def decode(self, codes: Codes) -> Audio:
         assert codes.num_samples and codes.scales == (0.5,), "what is not coded comes along"
-        matching = [n for n in range(len(self.sounds)) if (n + 1) % 4 == codes.codes_KT[0, 0]]
+        matching = [n for n in range(len(self.sounds)) if (n + 1) % 8 == codes.codes_KT[0, 0]]
         return self.sounds[matching[0]]
 
 
 def test_known_figures(run: Path, audio_tokenizer: AudioTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     perfect = Perfect(audio_tokenizer)
     monkeypatch.setattr("anygen.evaluation.sounds._speed", lambda *_: iter(()))
-    (run / "data" / "test-00000.tar").rename(run / "test")  # four sounds: as many as it has codes
+    (run / "data" / "test-00000.tar").rename(run / "test")
     try:
         found = evaluate_sounds(perfect, run / "data")  # type: ignore[arg-type]
     finally:
         (run / "test").rename(run / "data" / "test-00000.tar")
     figures = {(figure.name, figure.group): figure.value for figure in found.figures}
-    for group in ("held out", "unheard voices"):
+    for group in ("held out", "unheard: v"):
         assert figures["STOI", group] == pytest.approx(1.0, abs=1e-6)
         assert figures["ESTOI", group] == pytest.approx(1.0, abs=1e-6)
         assert figures["mel distance", group] == 0
-    assert figures["codes used", "unheard voices"] == 0.75 and figures["codes used", "held out"] == 0.25
-    assert figures["perplexity / codebook size", "unheard voices"] == pytest.approx(0.75)
+    assert figures["codes used", "unheard: v"] == 3 / 8 and figures["codes used", "held out"] == 1 / 8
+    assert figures["perplexity / codebook size", "unheard: v"] == pytest.approx(3 / 8)
     assert figures["codes per second", "1 of 1 codebooks"] == 50
-    assert figures["bits per second", "1 of 1 codebooks"] == 100
+    assert figures["bits per second", "1 of 1 codebooks"] == 150
 
 
 def test_si_sdr_knows_no_scale_and_no_phase_by_heart() -> None:
@@ -112,9 +112,9 @@ def test_the_whole_road(run: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["evaluate", str(folder), "--out", str(out), "--json"])
     assert result.exit_code == 0, result.output
     report = json.loads((out / "report.json").read_text())
-    assert json.loads(result.stdout) == report and report["sounds"] == {"held out": 2, "unheard voices": 3}
+    assert json.loads(result.stdout) == report and report["sounds"] == {"held out": 2, "unheard: v": 3, "unheard: w": 1}
     figures = {(row["name"], row["group"]): row for row in report["figures"]}
-    counted = figures["ESTOI", "held out"]["count"], figures["ESTOI", "unheard voices"]["count"]
+    counted = figures["ESTOI", "held out"]["count"], figures["ESTOI", "unheard: v"]["count"]
     assert counted == (1, 3) and report["skipped"]["ESTOI of 1 sounds (held out)"] == "too short or too quiet for it"
     books, size = report["num_codebooks"], report["codebook_size"]
     assert books == 2 and ("ESTOI", "held out, first 1 of 2") in figures
@@ -122,7 +122,7 @@ def test_the_whole_road(run: Path, tmp_path: Path) -> None:
     assert bits == pytest.approx(2 * report["frames_per_second"] * math.log2(size))
     page = (out / "index.html").read_text()
     assert "<b>x</b>" not in page and "&lt;b&gt;x" in page, "what data say is escaped"
-    assert len(re.findall(r'src="data:audio/flac', page)) == 2 * (2 + 3 + 4), "both of each group, and the worst"
+    assert len(re.findall(r'src="data:audio/flac', page)) == 2 * (2 + 3 + 1 + 5), "both of each group, and the worst"
     assert not re.search(r'(src|href)="(?!data:)', page)
     text = CliRunner().invoke(app, ["evaluate", str(folder), "--out", str(out), "--limit", "1"])
     assert text.exit_code == 0 and "n=1" in text.output and str(out / "index.html") in text.output

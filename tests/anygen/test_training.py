@@ -89,9 +89,14 @@ def weights(trainee: ToyTrainee) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in trainee.module.state_dict().values()]
 
 
-@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("bf16", True)])
-def test_resumed_equals_never_stopped_bit_for_bit(tmp_path: Path, precision: str, compiled: bool) -> None:
-    config = config_of(precision=precision, compile=compiled)
+@pytest.mark.parametrize(
+    ("precision", "compiled", "ema_decay"),
+    [("fp32", False, 0.0), ("bf16", False, 0.0), ("bf16", True, 0.0), ("bf16", True, 0.9)],
+)
+def test_resumed_equals_never_stopped_bit_for_bit(
+    tmp_path: Path, precision: str, compiled: bool, ema_decay: float
+) -> None:
+    config = config_of(precision=precision, compile=compiled, ema_decay=ema_decay, validate_every=3)
     straight = ToyTrainee()
     train(straight, config, tmp_path / "straight", title="toy")
     for stop in (1, 4, 7, 18):
@@ -118,6 +123,59 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert second.seen == [] and "validation_norm" in figures
     for left, right in zip(weights(first), weights(second), strict=True):
         assert torch.equal(left, right)
+
+
+class Recorded(ToyTrainee):
+    """Notes its weights before every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passed: list[dict[str, torch.Tensor]] = []
+        self.validated: list[dict[str, torch.Tensor]] = []
+
+    def next_batch(self) -> torch.Tensor:
+        self.passed.append(copy.deepcopy(dict(self.module.state_dict())))
+        return super().next_batch()
+
+    def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
+        self.validated.append(copy.deepcopy(dict(self.module.state_dict())))
+        return super().validate(module, device)
+
+
+def test_averaged_weights_are_validated_and_returned_and_change_nothing_in_training(tmp_path: Path) -> None:
+    plain, averaged = Recorded(), Recorded()
+    train(plain, config_of(validate_every=7), tmp_path / "plain", title="toy")
+    train(averaged, config_of(validate_every=7, ema_decay=0.6), tmp_path / "averaged", title="toy")
+    last = dict(plain.module.state_dict())
+    for mine, theirs in zip([*plain.passed, last], [*averaged.passed, last], strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), "the mean does not touch training"
+    means = {name: tensor.double() for name, tensor in plain.passed[0].items()}
+    at: dict[int, dict[str, torch.Tensor]] = {}
+    for step, weights_after in enumerate([*plain.passed[1:], last]):
+        decay = min(0.6, (1 + step) / (10 + step))  # 0.1, 0.18, ..., from step 13 on 0.6
+        means = {name: decay * mean + (1 - decay) * weights_after[name].double() for name, mean in means.items()}
+        at[step + 1] = means | {"average": weights_after["average"].double()}  # the buffer as it is
+    for step, found in zip((7, 14, 20), averaged.validated, strict=True):
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor.double(), at[step][name], rtol=1e-5, atol=1e-6)
+    for name, tensor in averaged.module.state_dict().items():
+        assert torch.equal(tensor, averaged.validated[-1][name])
+    assert not torch.equal(last["linear.weight"], averaged.module.linear.weight)  # type: ignore[union-attr]
+
+    again = Recorded()
+    train(again, config_of(validate_every=7, ema_decay=0.6), tmp_path / "averaged", title="toy")
+    assert again.passed == [] and all(map(torch.equal, weights(again), weights(averaged)))
+
+
+def test_a_run_without_means_cannot_go_on_with_them(tmp_path: Path) -> None:
+    train(ToyTrainee(), config_of(steps=4), tmp_path, title="toy")
+    with pytest.raises(CheckpointError, match="means of 0 weights that do not fit the 4"):
+        train(ToyTrainee(), config_of(ema_decay=0.5), tmp_path, title="toy")
+
+
+def test_without_a_mean_recorded_configs_and_identities_are_as_before() -> None:
+    assert "ema_decay" not in config_of().model_dump(mode="json")
+    assert LoopConfig(**config_of(ema_decay=0.9).model_dump(mode="json")).ema_decay == 0.9
 
 
 def test_a_nan_stops_before_the_update(tmp_path: Path) -> None:

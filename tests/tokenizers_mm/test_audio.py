@@ -14,7 +14,7 @@ from tokenizers_mm.encodec import EncodecSize, TrainableEncodec, check_start, en
 from tokenizers_mm.errors import CheckpointError, DataError, InputError, TrainingError
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
 from tokenizers_mm.media import Audio
-from tokenizers_mm.spectral import mel_distance
+from tokenizers_mm.spectral import log_mel, mel_distance
 
 SIZE = EncodecSize(rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=16, num_codebooks=2)
 
@@ -63,7 +63,7 @@ def test_training_quantiser_and_exported_model_give_equal_codes() -> None:
 @pytest.mark.parametrize("num_codebooks", [1, 2, 4])
 def test_the_gradient_passes_any_number_of_codebooks_once(num_codebooks: int) -> None:
     torch.manual_seed(0)
-    size = SIZE.model_copy(update={"num_codebooks": num_codebooks, "quantizer_dropout": False})
+    size = SIZE.model_copy(update={"num_codebooks": num_codebooks})
     codec = TrainableEncodec(size, tokens_per_batch=200).train()
     latents = torch.randn(4, 8, 50)
     codec.quantise(latents)
@@ -83,8 +83,29 @@ def test_all_codebooks_start_on_the_first_batch_whatever_is_dropped_later() -> N
         assert not codec.is_started
         codec.quantise(torch.randn(2, 8, 50))
         assert codec.is_started
-    dropped = [(codec.quantise(torch.randn(2, 8, 50))[1] < 0).any() for _ in range(20)]
+    dropped = [(codec.quantise(torch.randn(2, 8, 50), leave_out=True)[1] < 0).any() for _ in range(20)]
     assert any(dropped) and not all(dropped)
+    assert not any((codec.quantise(torch.randn(2, 8, 50))[1] < 0).any() for _ in range(20)), "none unless asked to"
+
+
+def test_commitment_knows_no_scale() -> None:
+    found = []
+    for scale in (1.0, 1000.0):
+        torch.manual_seed(0)
+        codec = TrainableEncodec(SIZE.model_copy(update={"num_codebooks": 2}), tokens_per_batch=200).train()
+        latents = scale * (torch.randn(4, 8, 50) + 3)  # the mean is no part of it
+        found.append(float(codec.quantise(latents)[2].detach()))
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and 0.01 < found[0] < 2
+
+
+def test_a_new_code_has_time_to_be_hit() -> None:
+    torch.manual_seed(0)
+    codec = TrainableEncodec(SIZE, tokens_per_batch=200).train()
+    codec.quantise(torch.randn(4, 8, 50))
+    book = codec.quantizer.layers[0]._codebook
+    book.cluster_size[0, :5] = 0.0
+    codec.quantise(torch.randn(4, 8, 50))
+    assert (book.cluster_size[0, :5] >= 200 / SIZE.codebook_size * 0.98).all(), "the mean hits, not the threshold"
 
 
 @pytest.mark.parametrize("ratios", [(8, 6, 5), (8, 8, 4), (8, 5, 4, 2)])
@@ -159,6 +180,35 @@ def test_mel_distance_is_zero_for_equal_and_grows_with_noise() -> None:
     noise = torch.randn(sound.shape, generator=torch.Generator().manual_seed(0))
     distances = [float(mel_distance(sound + level * noise, sound, rate_hz=8000)) for level in (0.0, 0.01, 0.1)]
     assert distances[0] == 0 and distances[0] < distances[1] < distances[2]
+
+
+def test_what_is_below_the_floor_hardly_counts() -> None:
+    sound = speech_like()
+    hiss = 1e-5 * torch.randn(sound.shape, generator=torch.Generator().manual_seed(0))
+    silence = torch.zeros_like(sound)
+    assert mel_distance(hiss, silence, rate_hz=8000) > 2 > 0.2 > mel_distance(hiss, silence, rate_hz=8000, floor_db=-80)
+    assert mel_distance(0.5 * sound, sound, rate_hz=8000, floor_db=-80) > 0.3
+    level = 10 ** (-80 / 20)  # a sine at the floor is twice the floor
+    sine = level * torch.sin(torch.arange(8192) * 2 * torch.pi / 8)[None]
+    bands = log_mel(torch.cat([sine, 0 * sine]), rate_hz=8000, window=1024, floor_db=-80)
+    assert (
+        bands[1].exp() == pytest.approx(level * 256, rel=1e-4)
+        and level * 256 < bands[0, :, 8].max().exp() < 3 * level * 256
+    )
+
+
+def test_several_spectra_a_frame() -> None:
+    decoder = InverseSTFTDecoder(InverseSTFTConfig(width=8, depth=1, upsampling=4), latent_dim=4, hop=64)
+    latents = torch.randn(2, 4, 5)
+    assert decoder(latents).shape == (2, 5 * 64) and decoder.window == 64
+    frames = decoder.spread_out(latents)
+    assert frames.shape == (2, 4, 20)
+    changed = latents.clone()
+    changed[:, :, 2] += 1
+    moved = (decoder.spread_out(changed) != frames).any(dim=1)[0]
+    assert moved.tolist() == [8 <= n < 12 for n in range(20)], "a frame becomes its own four"
+    with pytest.raises(ValueError, match="does not divide"):
+        InverseSTFTDecoder(InverseSTFTConfig(upsampling=3), latent_dim=4, hop=64)
 
 
 @pytest.mark.slow

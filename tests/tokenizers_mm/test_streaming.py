@@ -33,7 +33,7 @@ def codec(*, causal: bool, istft: bool) -> AudioTokenizer:
         start(model)
         for layer in model.quantizer.layers:
             layer.codebook.embed.copy_(torch.randn(64, 8))
-    decoder_config = InverseSTFTConfig(width=16, depth=2)
+    decoder_config = InverseSTFTConfig(width=16, depth=2, upsampling=2 if causal else 1)
     decoder = InverseSTFTDecoder(decoder_config, latent_dim=8, hop=40) if istft else None
     return AudioTokenizer(model, decoder, decoder_config if istft else None)
 
