@@ -39,15 +39,15 @@ class EncodecSize(Config):
     latent_dim: int = Field(64, ge=1)
     """Channels of a frame, and width of the codebooks."""
     causal: bool = False
-    """Convolutions that see the past only, as EnCodec at 24 kHz has them: live coding, a little worse at equal size."""
+    """Convolutions of the encoder and of EnCodec's own decoder see the past only, as EnCodec's at 24 kHz do."""
     lstm_layers: int = Field(1, ge=1)
     """Layers of the LSTM behind the convolutions."""
     codebook_size: int = Field(1024, ge=2)
     """A power of two: transformers' EnCodec derives bits from it."""
     num_codebooks: int = Field(1, ge=1)
     quantizer_dropout: float = Field(0.5, ge=0, le=1)
-    """Share of the steps that use fewer codebooks, so that leading ones decode alone (EnCodec's bandwidths; the share
-    is DAC's, arXiv 2306.06546, section 3.3)."""
+    """Share of the steps that use fewer codebooks, so that leading ones decode alone (EnCodec's bandwidths). The share
+    is DAC's (arXiv 2306.06546, section 3.3), which draws for each sound of a batch; here a batch has one number."""
     start: Literal["variance_preserving", "stock"] = "variance_preserving"
     """Initial weights; with EnCodec's own a small codec does not begin to learn."""
 
@@ -117,6 +117,8 @@ class TrainableEncodec(nn.Module):
             rotation_trick=True,
             quantize_dropout=size.num_codebooks > 1,
         )
+        self._variance: Tensor
+        self.register_buffer("_variance", torch.zeros(()))
         for layer in self.quantizer.layers:
             # A new code starts with the mean hits, not at the threshold: else it is replaced again before it is hit.
             layer._codebook.reset_cluster_size = tokens_per_batch / size.codebook_size
@@ -133,8 +135,8 @@ class TrainableEncodec(nn.Module):
     def quantise(self, latents_BLN: Tensor, *, leave_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(quantised B x L x N, codes B x K x N, commitment loss); always fp32. Dropped codebooks have code -1.
 
-        Commitment is relative to the latents' variance: the encoder is free to choose its scale, and large latents do
-        not drown the other losses when the codebooks start.
+        Commitment is relative to a running variance of the latents: the encoder is free to choose its scale, and large
+        latents do not drown the other losses when the codebooks start. Of one batch it would explode at silence.
 
         Args:
             latents_BLN: the encoder's output.
@@ -148,8 +150,10 @@ class TrainableEncodec(nn.Module):
             quantised_BNL, codes_BNK, losses = self.quantizer(latents_BNL)
             if several and self.training:  # of several codebooks each would pass the gradient once
                 quantised_BNL = latents_BNL + (quantised_BNL - latents_BNL).detach()
-            variance = latents_BNL.detach().flatten(0, 1).var(0, correction=0).mean().clamp_min(1e-8)
-        return quantised_BNL.transpose(1, 2), codes_BNK.transpose(1, 2), losses.sum() / variance
+            if self.training:
+                variance = latents_BNL.detach().flatten(0, 1).var(0, correction=0).mean()
+                self._variance.lerp_(variance, 0.01 if self._variance > 0 else 1.0)
+        return quantised_BNL.transpose(1, 2), codes_BNK.transpose(1, 2), losses.sum() / self._variance.clamp_min(1e-8)
 
     def waveform(self, latents_BLN: Tensor) -> Tensor:
         """Latent frames to a waveform of N x hop samples, with EnCodec's own decoder."""

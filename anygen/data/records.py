@@ -127,11 +127,7 @@ class RecordStore:
 
     def num_sounds(self, index: int) -> int:
         """Utterances of a record; reads nothing."""
-        return len(self.voices(index))
-
-    def voices(self, index: int) -> list[str]:
-        """The voices in which a record is spoken; reads nothing."""
-        return [_voice_of(name) for name in self._entries[index][2] if name.split(".")[-1] in SOUND_TYPES]
+        return sum(name.split(".")[-1] in SOUND_TYPES for name in self._entries[index][2])
 
     def picture(self, index: int) -> bytes | None:
         """The encoded picture of a record; its sounds are not read."""
@@ -184,10 +180,6 @@ def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     return index
 
 
-def _voice_of(field_name: str) -> str:
-    return field_name.rpartition(".")[0] or "voice"
-
-
 def _read_at(file: Any, offset: int, size: int) -> bytes:
     file.seek(offset)
     data: bytes = file.read(size)
@@ -207,7 +199,11 @@ def _read_record(path: Path, key: str, fields: dict[str, bytes]) -> Record:
         if not captions and "cls" in fields:
             label = fields["cls"].decode("utf-8").strip()
             captions = [] if label.isdigit() or not label else [label.replace("_", " ")]  # a bare number says nothing
-        sounds = {_voice_of(name): data for name, data in fields.items() if name.split(".")[-1] in SOUND_TYPES}
+        sounds = {
+            name.rpartition(".")[0] or "voice": data
+            for name, data in fields.items()
+            if name.split(".")[-1] in SOUND_TYPES
+        }
         spoken = facts.get("utterances")
         if spoken is None:  # a shard of another tool: each sound says the first caption
             spoken = [{"text": captions[0] if captions else "", "voice": voice} for voice in sounds]

@@ -33,6 +33,8 @@ from tokenizers_mm.usage import usage_of
 Doubles = npt.NDArray[np.float64]
 _Place = tuple[RecordStore, int, int]
 HELD_OUT, UNHEARD = ("validation", "test"), ("unheard",)
+MAX_VOICES = 8
+"""Unheard voices that are measured one by one; more are one group."""
 MAX_SOUNDS = 200
 """Of one group, unless a limit says otherwise."""
 _WIDE_HZ, _NARROW_HZ = 16_000, 8_000
@@ -142,10 +144,12 @@ def si_sdr(original_N: npt.NDArray[np.floating], decoded_N: npt.NDArray[np.float
 
 
 def _groups(tokenizer: AudioTokenizer, data: Path, limit: int) -> dict[str, list[_Sound]]:
-    chosen: dict[str, list[_Place]] = {"held out": _places(data, HELD_OUT)}
-    for place in _places(data, UNHEARD):
-        store, index, turn = place
-        chosen.setdefault(f"unheard: {store.voices(index)[turn]}", []).append(place)
+    chosen = {"held out": _places(data, HELD_OUT)}
+    unheard = _places(data, UNHEARD)
+    voices = [store[index].utterances[turn].voice for store, index, turn in unheard]
+    for place, voice in zip(unheard, voices, strict=True):
+        group = f"unheard: {voice}" if len(set(voices)) <= MAX_VOICES else "unheard voices"
+        chosen.setdefault(group, []).append(place)
     found: dict[str, list[_Sound]] = {}
     for group, places in chosen.items():
         places = random.Random(0).sample(places, min(limit, len(places)))

@@ -31,6 +31,7 @@ from tokenizers_mm.usage import usage_of
 from tokenizers_mm.weights import rounded
 
 MAX_JOINED = 32
+"""Sounds read for one piece; what is still missing repeats them."""
 
 
 class AudioTokenizerConfig(StageConfig):
@@ -53,7 +54,7 @@ class AudioTokenizerConfig(StageConfig):
     mel_weight: float = Field(2.0, gt=0)
     """Weight of the distance of multi-scale mel spectrograms."""
     mel_floor_db: float | None = Field(-80.0, lt=0)
-    """What is quieter hardly counts in it, in dB of a full-scale sine; null counts all down to -148 dB."""
+    """What is quieter hardly counts in it, in dB of a full-scale sine; null counts all down to -124 to -154 dB."""
     wave_weight: float = Field(0.5, ge=0)
     """Weight of the distance of waveforms."""
     commitment_weight: float = Field(0.25, ge=0)
@@ -125,12 +126,12 @@ class _CodecTraining:
     def _piece(self, item: int, generator: random.Random) -> Any:
         """A piece of the sound; what follows a short one are others, so that no step is spent on padding."""
         speed = (1 + self._config.speed_change) ** generator.uniform(-1, 1)
-        length = math.ceil(self._crop * speed) + 1
+        length = math.ceil(self._crop * speed) + 1 if self._config.speed_change else self._crop
         sounds = [self._sounds.samples(item)]
         while sum(map(len, sounds)) < length and len(sounds) < MAX_JOINED:
             sounds.append(self._sounds.samples(generator.randrange(len(self._sounds))))
         samples_T = np.concatenate(sounds)
-        samples_T = np.pad(samples_T, (0, max(0, length - len(samples_T))))
+        samples_T = np.resize(samples_T, max(length, len(samples_T)))
         start = generator.randint(0, len(samples_T) - length)
         piece_T = samples_T[start : start + length]
         if self._config.speed_change:
@@ -159,6 +160,7 @@ class _CodecTraining:
             if codec.is_started:  # else a first use would start it, on held-out sound
                 latents_1LN, codes_1KN, _ = codec.quantise(latents_1LN)
                 codes.append(codes_1KN[0].cpu())
+            # without the floor, which is the recipe's: a validation compares recipes
             distances.append(mel_distance(self._loss.decoded(latents_1LN), sound_1T, rate_hz=codec.size.rate_hz))
         figures = {"mel": float(torch.stack(distances).mean())} if distances else {}
         for book, codes_F in enumerate(torch.cat(codes, dim=1) if codes else ()):

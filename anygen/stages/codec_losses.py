@@ -88,7 +88,7 @@ class CodecLoss(nn.Module):
         if step >= self._start:
             if not self.codec.is_started:
                 check_start(latents_BLN, self._min_spread)
-            # Evenly spread over the steps, and the same on all processes.
+            # evenly spread over the steps, and a run that goes on draws the same
             leave_out = step * _GOLDEN % 1 < self.codec.size.quantizer_dropout
             latents_BLN, codes_BKN, commitment = self.codec.quantise(latents_BLN, leave_out=leave_out)
             report = self._watched(codes_BKN)

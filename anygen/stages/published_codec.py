@@ -50,8 +50,12 @@ def main(config: PublishedCodecConfig) -> StageResult:
     tokenizer = open_codec(config)
     with publishing(config.folder / "tokenizer") as folder:
         tokenizer.save(folder)
-    figures = {name: float(codec_facts(tokenizer)[name]) for name in ("codebooks", "bits_per_s")}
-    return StageResult(config.folder, (config.folder / "tokenizer",), figures)
+    facts = codec_facts(tokenizer)
+    return StageResult(
+        config.folder,
+        (config.folder / "tokenizer",),
+        {name: float(facts[name]) for name in ("codebooks", "bits_per_s")},
+    )
 
 
 def open_codec(config: PublishedCodecConfig) -> AudioTokenizer:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,7 +75,11 @@ def load_recipe(
     name = values.get("stage")
     if not isinstance(name, str) or name not in STAGES:
         raise ConfigError(f"{path}: stage is {name!r}; expected one of {', '.join(STAGES)}")
-    kinds = [place for (stage, key), place in ALTERNATIVES.items() if stage == name and key in values]
+    # a key that nearly is it is a misspelling, and the other kind's error says so
+    keys = [key for key in values if isinstance(key, str)]
+    kinds = [
+        p for (stage, key), p in ALTERNATIVES.items() if stage == name and get_close_matches(key, keys, cutoff=0.8)
+    ]
     code, config_class = kinds[0] if kinds else (name, STAGES[name].config_class)
     module = importlib.import_module(f"anygen.stages.{code}")
     return cast(StageConfig, build(getattr(module, config_class), values, source=str(path)))

@@ -21,7 +21,7 @@ from anygen.stages.base import StageConfig, StageResult
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import Progress
 from tokenizers_mm.audio import AudioTokenizer
-from tokenizers_mm.audio_batches import grouped
+from tokenizers_mm.audio_batches import can_batch, grouped
 from tokenizers_mm.codes import Codes
 from tokenizers_mm.image import ImageTokenizer, square, to_pixels
 from tokenizers_mm.media import load_picture
@@ -74,7 +74,7 @@ def coded_facts(image: ImageTokenizer | None, audio: AudioTokenizer | None) -> d
 
 
 def _encode(store: RecordStore, image: ImageTokenizer | None, audio: AudioTokenizer | None) -> Iterator[CodedRecord]:
-    # a group of sounds a thread keeps every core busy, where threads inside one layer would wait
+    # a group of sounds a thread: threads inside one layer would wait
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for start in range(0, len(store), _BATCH):
             records = [store[index] for index in range(start, min(start + _BATCH, len(store)))]
@@ -92,7 +92,9 @@ def _encode_sounds(records: list[Record], audio: AudioTokenizer, pool: Executor)
     """Codes of every utterance in order: in groups, twice as fast; they are the same for any number of threads."""
     rate_hz = audio.sample_rate_hz
     sounds = list(pool.map(lambda u: u.audio(rate_hz), [u for record in records for u in record.utterances]))
-    groups = grouped([len(sound.samples_T) for sound in sounds])
+    groups = (
+        grouped([len(s.samples_T) for s in sounds]) if can_batch(audio.model) else [[n] for n in range(len(sounds))]
+    )
     encoded = pool.map(audio.encode_batch, [[sounds[place] for place in group] for group in groups])
     found = {
         place: codes

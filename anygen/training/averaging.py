@@ -1,7 +1,8 @@
 """A running mean of the weights (EMA): steadier than the last ones, which the last few batches pushed about.
 
-Only what the optimizer moves is averaged. Buffers stay as they are: a codebook is a running mean already, of what the
-encoder said lately; where a dead code was replaced, the mean of its two places would be near neither.
+All that the optimizer moves is averaged, a discriminator too, and only that. Buffers stay as they are: a codebook is a
+running mean already, of what the encoder said lately; where a dead code was replaced, the mean of its two places would
+be near neither.
 """
 
 from __future__ import annotations

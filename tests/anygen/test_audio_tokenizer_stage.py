@@ -198,8 +198,8 @@ def test_recipes_that_cannot_work_are_refused(root: Path, fields: dict[str, Any]
 
 def test_no_step_is_spent_on_padding(root: Path) -> None:
     """Pieces longer than any sound here; slower and faster ones have the same number of samples."""
-    for speed_change in (0.0, 0.3):
-        config = recipe_of(root, crop_s=1.2, speed_change=speed_change)
+    for speed_change, crop_s in ((0.0, 1.2), (0.3, 1.2), (0.0, 20.0)):
+        config = recipe_of(root, crop_s=crop_s, speed_change=speed_change)
         first, again = (audio_tokenizer._CodecTraining(config) for _ in range(2))
         batch = first.next_batch()
         assert batch.shape == (8, config.crop) and batch.dtype == torch.float32
@@ -247,7 +247,8 @@ def test_codebooks_are_left_out_in_a_share_of_the_steps(share: float) -> None:
     with torch.no_grad():
         for _ in range(40):
             loss(batch)
-    assert abs(sum(asked) - 40 * share) <= (1 if share == 0.5 else 0), "all over the steps, none where it is 0"
+    assert abs(sum(asked) - 40 * share) <= (1 if share == 0.5 else 0)
+    assert share != 0.5 or all(0 < sum(asked[n : n + 5]) < 5 for n in range(36)), "all over the steps"
 
 
 def test_commitment_has_its_weight(root: Path) -> None:

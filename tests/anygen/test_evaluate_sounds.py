@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
+import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +165,26 @@ def test_pesq_of_the_same_sound_is_its_best(run: Path, audio_tokenizer: AudioTok
     assert math.isnan(measures.of("x", sounds[1:], sounds[:1])["STOI"][0]), "nothing to be understood"
     noisy = Audio(sounds[0].samples_T + np.random.default_rng(0).normal(size=RATE_HZ).astype(np.float32) * 0.1, RATE_HZ)
     assert measures.of("x", sounds[:1], [noisy])["PESQ"][0] < 3
+
+
+def test_voices_are_told_apart_by_what_records_say(
+    run: Path, tmp_path: Path, audio_tokenizer: AudioTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the order of a shard's members; many of them are one group."""
+    spoken = {name: flac_of(voice(n, 0.5)) for n, name in enumerate("vw")}
+    facts = {"captions": [], "utterances": [{"text": name, "voice": name} for name in "wv"]}
+    with tarfile.open(tmp_path / "unheard-00000.tar", "w") as tar:
+        files = {"a.json": json.dumps(facts).encode(), "a.v.flac": spoken["v"], "a.w.flac": spoken["w"]}
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    shutil.copy(run / "data" / "validation-00000.tar", tmp_path)
+    found = evaluate_sounds(audio_tokenizer, tmp_path)
+    assert {heard.voice: heard.group for heard in found.heard if heard.group != "held out"} == {
+        "v": "unheard: v",
+        "w": "unheard: w",
+    }
+    monkeypatch.setattr("anygen.evaluation.sounds.MAX_VOICES", 1)
+    found = evaluate_sounds(audio_tokenizer, tmp_path)
+    assert {heard.group for heard in found.heard} == {"held out", "unheard voices"}

@@ -133,6 +133,7 @@ def in_the_package(name: str) -> str:
         ({"checkpoint": "{published}", "num_codebooks": 0}, ConfigError, "greater than or equal to 1"),
         ({"checkpoint": "{published}", "loop": {"steps": 1}}, ConfigError, "unknown key 'loop'"),
         ({"checkpoint": None}, ConfigError, "'checkpoint'"),
+        ({"checkpont": "{published}"}, ConfigError, "unknown key 'checkpont'; did you mean 'checkpoint'"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_told(

@@ -98,6 +98,18 @@ def test_commitment_knows_no_scale() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-3) and 0.01 < found[0] < 2
 
 
+def test_silence_does_not_make_commitment_explode() -> None:
+    torch.manual_seed(0)
+    codec = TrainableEncodec(SIZE, tokens_per_batch=200).train()
+    loud = [float(codec.quantise(torch.randn(4, 8, 50))[2].detach()) for _ in range(3)]
+    quiet = float(codec.quantise(1e-4 * torch.randn(4, 8, 50) + 1.0)[2].detach())
+    assert quiet < 10 * max(loud)
+    again = TrainableEncodec(SIZE, tokens_per_batch=200).train()
+    again.load_state_dict(codec.state_dict())
+    latents = torch.randn(4, 8, 50)
+    assert torch.equal(codec.quantise(latents)[2], again.quantise(latents)[2]), "a run that goes on knows the variance"
+
+
 def test_a_new_code_has_time_to_be_hit() -> None:
     torch.manual_seed(0)
     codec = TrainableEncodec(SIZE, tokens_per_batch=200).train()
