@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import soundfile
+from pydantic import Field
 
 from anygen.config import Config
 from anygen.data.records import Record
@@ -24,6 +25,9 @@ Items = dict[SplitName, list[Any]]
 
 class SourceConfig(Config):
     """What every source's config can do."""
+
+    repeat: int = Field(1, ge=1, exclude_if=lambda times: times == 1)
+    """How often each item of the training split is in the data: weight for a source that is small beside the others."""
 
     def listing(self) -> str | None:
         """Fingerprint of the files the source lists; None where the config alone says what it holds."""

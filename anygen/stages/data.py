@@ -53,7 +53,7 @@ class DataConfig(StageConfig):
 def main(config: DataConfig) -> StageResult:
     """Make every shard that is not there yet."""
     config.folder.mkdir(parents=True, exist_ok=True)
-    shards = _plan([source.open() for source in config.sources], config.records_per_shard)
+    shards = _plan([(source.open(), source.repeat) for source in config.sources], config.records_per_shard)
     for split in ("train", "validation"):
         if not any(name.startswith(f"{split}-") for name, _ in shards):
             raise DataError(
@@ -94,12 +94,13 @@ def main(config: DataConfig) -> StageResult:
     return StageResult(config.folder, tuple(outputs), {**metrics, "bad_items": float(len(bad))})
 
 
-def _plan(sources: list[Source], records_per_shard: int) -> list[tuple[str, list[tuple[Source, Any]]]]:
-    """(file name, items) of every shard."""
+def _plan(sources: list[tuple[Source, int]], records_per_shard: int) -> list[tuple[str, list[tuple[Source, Any]]]]:
+    """(file name, items) of every shard; training items as often as their source says."""
     by_split: dict[str, list[tuple[Source, Any]]] = {}
-    for source in sources:
+    for source, repeat in sources:
         for split, items in source.items().items():
-            by_split.setdefault(split, []).extend((source, item) for item in items)
+            times = repeat if split == "train" else 1
+            by_split.setdefault(split, []).extend((source, item) for _ in range(times) for item in items)
     return [
         (f"{split}-{number:05d}.tar", items[start : start + records_per_shard])
         for split, items in by_split.items()

@@ -419,6 +419,17 @@ def test_data_without_a_validation_split_say_so(tmp_path: Path) -> None:
         make_data(DataConfig(root=tmp_path / "a", sources=[source]))
 
 
+def test_training_items_are_repeated_and_held_out_ones_are_not(tmp_path: Path) -> None:
+    write_shard(tmp_path / "x.tar", [Record(f"{i:03}", captions=("x",)) for i in range(99)])
+    counts = []
+    for repeat in (1, 3):
+        source = WebDatasetSource(path=tmp_path / "x.tar", repeat=repeat)
+        metrics = make_data(DataConfig(root=tmp_path / str(repeat), sources=[source])).metrics
+        counts.append((metrics["train_records"], metrics["validation_records"]))
+        assert ("repeat" in source.model_dump()) == (repeat > 1), "older recipes stay what they were"
+    assert counts[1] == (3 * counts[0][0], counts[0][1])
+
+
 def test_records_of_two_sources_with_one_key_are_both_kept(tmp_path: Path) -> None:
     keys = [f"{i:03}" for i in range(99)]
     train, held_out = (next(k for k in keys if split_by_key(k) == s) for s in ("train", "validation"))
