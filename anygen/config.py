@@ -91,7 +91,10 @@ def _explain(config_class: type[BaseModel], fault: Any) -> str:
         return f"unknown key {key!r}; {hint}"
     if fault["type"] == "missing":
         return f"key {key!r} is missing"
-    return f"key {key!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}, got {fault['input']!r}"
+    said = fault["msg"].removeprefix("Value error, ")
+    if not location:  # keys that do not fit each other; the message names them and what was got
+        return said
+    return f"key {key!r}: {said[:1].lower()}{said[1:]}, got {fault['input']!r}"
 
 
 def _keys_at(config_class: Any, location: list[str]) -> list[str]:

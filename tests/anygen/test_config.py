@@ -144,3 +144,9 @@ def test_recipes_are_copied_but_never_over_something(tmp_path: Path) -> None:
 def test_an_impossible_tokenizer_is_told_before_any_training(stage: str, override: str, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
         load_recipe(find_recipe(f"nano/{stage}.yaml"), (override,), root=Path("unused"))
+
+
+def test_keys_that_do_not_fit_each_other_are_told_shortly() -> None:
+    with pytest.raises(ConfigError) as told:
+        load_recipe(find_recipe("speech/audio_tokenizer.yaml"), ["decoder.upsampling=7"])
+    assert str(told.value).endswith(": decoder.upsampling=7 does not divide the codec's hop of 320")
