@@ -147,9 +147,9 @@ def _groups(tokenizer: AudioTokenizer, data: Path, limit: int) -> dict[str, list
     chosen = {"held out": _places(data, HELD_OUT)}
     unheard = _places(data, UNHEARD)
     voices = [store[index].utterances[turn].voice for store, index, turn in unheard]
+    are_few = len(set(voices)) <= MAX_VOICES
     for place, voice in zip(unheard, voices, strict=True):
-        group = f"unheard: {voice}" if len(set(voices)) <= MAX_VOICES else "unheard voices"
-        chosen.setdefault(group, []).append(place)
+        chosen.setdefault(f"unheard: {voice}" if are_few else "unheard voices", []).append(place)
     found: dict[str, list[_Sound]] = {}
     for group, places in chosen.items():
         places = random.Random(0).sample(places, min(limit, len(places)))

@@ -219,6 +219,15 @@ def test_speed_changes_pitch(root: Path) -> None:
     assert pitches[1].std() > 1.3 * pitches[0].std()
 
 
+def loss_of(
+    size: EncodecSize, istft: InverseSTFTDecoder | None, weights: dict[str, float], **changes: Any
+) -> CodecLoss:
+    """A codec's losses, quantised from the first step, not judged, its monitors silent."""
+    rest: dict[str, Any] = {"judge": MSSTFTConfig(), "judge_start": 0, "balanced": False, "steps_without_quantiser": 0}
+    rest |= {"min_spread": 0.0, "usage_window": 50, "usage_alarm": 0.0, **changes}
+    return CodecLoss(TrainableEncodec(size, tokens_per_batch=100), istft, weights=weights, **rest)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_codebooks_are_left_out_in_a_share_of_the_steps(share: float) -> None:
     torch.manual_seed(0)
@@ -226,18 +235,8 @@ def test_codebooks_are_left_out_in_a_share_of_the_steps(share: float) -> None:
         rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=4, num_codebooks=4,
         quantizer_dropout=share,
     )  # fmt: skip
-    loss = CodecLoss(
-        TrainableEncodec(size, tokens_per_batch=100),
-        InverseSTFTDecoder(InverseSTFTConfig(width=8, depth=1), latent_dim=8, hop=160),
-        weights={"mel": 1.0, "wave": 0.0, "commitment": 0.25},
-        judge=MSSTFTConfig(),
-        judge_start=0,
-        balanced=False,
-        steps_without_quantiser=0,
-        min_spread=0.0,
-        usage_window=50,
-        usage_alarm=0.0,
-    )
+    istft = InverseSTFTDecoder(InverseSTFTConfig(width=8, depth=1), latent_dim=8, hop=160)
+    loss = loss_of(size, istft, {"mel": 1.0, "wave": 0.0, "commitment": 0.25})
     asked: list[bool] = []
     quantise = loss.codec.quantise
     loss.codec.quantise = lambda latents, *, leave_out: (
@@ -257,18 +256,7 @@ def test_commitment_has_its_weight(root: Path) -> None:
     shown = []
     for weight in (0.0, 3.0):
         torch.manual_seed(0)
-        loss = CodecLoss(
-            TrainableEncodec(size, tokens_per_batch=100),
-            None,
-            weights={"mel": 1.0, "wave": 0.0, "commitment": weight},
-            judge=MSSTFTConfig(),
-            judge_start=0,
-            balanced=True,
-            steps_without_quantiser=0,
-            min_spread=0.0,
-            usage_window=50,
-            usage_alarm=0.0,
-        )
+        loss = loss_of(size, None, {"mel": 1.0, "wave": 0.0, "commitment": weight}, balanced=True)
         value, parts = loss(batch)
         assert parts["commitment"] > 0
         shown.append(float(value.detach()) - float(parts["mel"]) - weight * float(parts["commitment"].detach()))
@@ -280,21 +268,12 @@ def gradients(balanced: bool, scale: float) -> torch.Tensor:
     torch.manual_seed(0)
     size = EncodecSize(rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=16)
     istft = InverseSTFTDecoder(InverseSTFTConfig(width=8, depth=1), latent_dim=8, hop=160)
-    loss = CodecLoss(
-        TrainableEncodec(size, tokens_per_batch=100),
-        istft,
-        weights={"mel": 2.0 * scale, "wave": 0.5 * scale, "commitment": 0.25},
-        judge=MSSTFTConfig(weight=scale, channels=2, windows=(256,)),
-        judge_start=0,
-        balanced=balanced,
-        steps_without_quantiser=1,
-        min_spread=0.0,
-        usage_window=50,
-        usage_alarm=0.0,
-    )
+    weights = {"mel": 2.0 * scale, "wave": 0.5 * scale, "commitment": 0.25}
+    judge = MSSTFTConfig(weight=scale, channels=2, windows=(256,))
+    loss = loss_of(size, istft, weights, judge=judge, balanced=balanced, steps_without_quantiser=1)
     value, parts = loss(torch.from_numpy(np.stack([voice(n) for n in range(4)])))
-    weights = {"mel": 2.0, "wave": 0.5, "adversarial": 1.0, "features": 1.0 / scale}
-    shown = sum(scale * weight * float(parts[name]) for name, weight in weights.items()) + parts["discriminator"].item()
+    shares = {"mel": 2.0, "wave": 0.5, "adversarial": 1.0, "features": 1.0 / scale}
+    shown = sum(scale * share * float(parts[name]) for name, share in shares.items()) + parts["discriminator"].item()
     assert float(value.detach()) == pytest.approx(shown, rel=1e-4), "the loss that is shown is the weighted sum"
     value.backward()
     assert loss.discriminator is not None and all(p.grad is not None for p in loss.discriminator.parameters())
