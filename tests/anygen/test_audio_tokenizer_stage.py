@@ -250,6 +250,16 @@ def test_codebooks_are_left_out_in_a_share_of_the_steps(share: float) -> None:
     assert share != 0.5 or all(0 < sum(asked[n : n + 5]) < 5 for n in range(36)), "all over the steps"
 
 
+def test_the_mel_loss_has_its_floor() -> None:
+    size = EncodecSize(rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=16)
+    batch, mel = torch.from_numpy(np.stack([voice(n) for n in range(4)])), []
+    for floor_db in (None, -20.0):
+        torch.manual_seed(0)
+        _, parts = loss_of(size, None, {"mel": 1.0, "wave": 0.0, "commitment": 0.0}, mel_floor_db=floor_db)(batch)
+        mel.append(float(parts["mel"]))
+    assert mel[1] < 0.5 * mel[0]
+
+
 def test_commitment_has_its_weight(root: Path) -> None:
     batch = torch.from_numpy(np.stack([voice(n) for n in range(4)]))
     size = EncodecSize(rate_hz=8000, ratios=(8, 5, 4), num_filters=2, latent_dim=8, codebook_size=16)
