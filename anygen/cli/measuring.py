@@ -1,0 +1,80 @@
+"""Commands that look: `evaluate`, `inspect`, `doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anygen.cli.options import JsonOption, print_facts, print_json
+
+
+def evaluate(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[PATH]", help="Bundle or tokenizer; the embedded bundle by default."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many of each group or kind.")] = None,
+    direction: Annotated[list[str] | None, typer.Option(help="Bundles: text>image and so on; repeatable.")] = None,
+    seed: Annotated[int, typer.Option(help="Bundles: seed of the samples.")] = 0,
+    data: Annotated[Path | None, typer.Option(help="Tokenizers: folder of shards; RUN/data by default.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="Pictures: folder of the teacher; its own by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Tokenizers: folder of the page.")] = Path("out/evaluation"),
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a bundle on the emoji world in every direction, or a tokenizer on held-out pictures or sounds."""
+    import dataclasses
+
+    from anygen.api import AnyGen
+    from anygen.errors import InputError
+    from anygen.evaluation.emoji import DIRECTIONS, FIGURES, evaluate_emoji
+    from anygen.evaluation.tokenizers import evaluate_tokenizer, kind_of
+
+    if model is not None and (kind := kind_of(Path(model))):
+        if direction:
+            raise InputError(f"--direction is for bundles; this is a {kind} tokenizer")
+        report, lines = evaluate_tokenizer(Path(model), data=data, teacher=teacher, out=out, limit=limit)
+        print_json(report) if as_json else print(*lines, out / "index.html", sep="\n")
+        return
+    if data or teacher:
+        raise InputError(f"--data and --teacher are for tokenizers; {model or 'the embedded bundle'} is none")
+    unknown = set(direction or ()) - set(DIRECTIONS)
+    if unknown:
+        raise InputError(f"unknown direction {sorted(unknown)[0]!r}; expected {', '.join(DIRECTIONS)}")
+    scores = evaluate_emoji(AnyGen.from_pretrained(model), limit=limit, directions=direction or DIRECTIONS, seed=seed)
+    if as_json:
+        print_json({d: {g: dataclasses.asdict(s) for g, s in groups.items()} for d, groups in scores.items()})
+        return
+    for name, groups in scores.items():
+        for group, score in groups.items():
+            interval = f"[{100 * score.low:5.1f}, {100 * score.high:5.1f}]"
+            print(f"{name:12} {group:14} {FIGURES[name]:15} {100 * score.value:5.1f} %  {interval}  n={score.count}")
+
+
+def inspect(path: Path, as_json: JsonOption = False) -> None:
+    """Say what a bundle, run, checkpoint, shard, recipe or generated file holds."""
+    from anygen.inspection import inspect_path
+
+    facts = inspect_path(path)
+    if as_json:
+        print_json(facts)
+        return
+    print_facts(facts)
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Check the installation, and generate once."""
+    import dataclasses
+
+    from anygen.doctor import examine
+
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not as_json:
+            print(f"{finding.status:7} {finding.name:24} {finding.detail}", flush=True)
+    if as_json:
+        print_json({"findings": [dataclasses.asdict(finding) for finding in findings]})
+    if any(finding.status == "broken" for finding in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,103 @@
+"""Commands that sample: `generate`, `gallery`, and `tokenize`, what the model would see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anygen.cli.options import JsonOption, ModelOption, print_json
+
+
+def generate(
+    text: Annotated[str | None, typer.Option(help="Text input.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture input (PNG, JPEG, WEBP).")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Sound input (WAV, FLAC, OGG).")] = None,
+    output: Annotated[
+        list[str] | None, typer.Option(help="text, image, audio, region or any; repeat for several.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="depict, caption, speak, transcribe, answer, locate or continue.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Answers to generate.")] = 1,
+    seed: Annotated[int, typer.Option(help="Sample i is drawn from seed + i.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the most likely id.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely ids.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the most likely ids of this probability.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop ids below this share of the likeliest.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is off.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Budget of ids.")] = None,
+    size: Annotated[int | None, typer.Option(help="Side of generated pictures in pixels.")] = None,
+    duration_s: Annotated[float | None, typer.Option(help="Length of generated sounds.")] = None,
+    model: ModelOption = None,
+    out: Annotated[Path, typer.Option(help="Folder for what is generated.")] = Path("out"),
+    as_json: JsonOption = False,
+) -> None:
+    """Generate text, pictures and sound from text, pictures and sound."""
+    from anygen.api import AnyGen
+    from anygen.request import Request
+
+    request = Request(
+        text=text,
+        image=image,
+        audio=audio,
+        output=tuple(output) if output else None,  # type: ignore[arg-type]
+        task=task,
+        num_samples=num_samples,
+        seed=seed,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        guidance_scale=guidance_scale,
+        max_new_tokens=max_new_tokens,
+        size=size,
+        duration_s=duration_s,
+    )
+    request.inputs  # noqa: B018  a bad file is told before the model is loaded
+    result = AnyGen.from_pretrained(model).generate_batch([request])[0]
+    files = result.save(out)
+    if as_json:
+        samples = [
+            {"seed": sample.seed, "finish_reason": sample.finish_reason, "texts": sample.of("text")}
+            for sample in result.samples
+        ]
+        print_json({"files": [str(file) for file in files], "samples": samples})
+        return
+    for written in result.texts:
+        print(written)
+    for file in files:
+        if file.suffix != ".txt":
+            print(file)
+
+
+def gallery(
+    model: Annotated[str | None, typer.Argument(help="Bundle folder; the embedded one by default.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("out/gallery"),
+    prompts: Annotated[Path | None, typer.Option(help="YAML list of prompts; the embedded ones by default.")] = None,
+) -> None:
+    """Generate every direction and write one static page."""
+    from anygen.api import AnyGen
+    from anygen.gallery.build import build_gallery
+    from anygen.gallery.exhibits import load_exhibits
+
+    exhibits = load_exhibits(prompts)
+    print(build_gallery(AnyGen.from_pretrained(model), out, exhibits))
+
+
+def tokenize(
+    text: Annotated[str | None, typer.Option(help="Text input.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Picture input.")] = None,
+    audio: Annotated[Path | None, typer.Option(help="Sound input.")] = None,
+    model: ModelOption = None,
+) -> None:
+    """Print the codes of media, and their ids in the model's vocabulary, as JSON."""
+    from anygen.api import AnyGen
+    from anygen.errors import InputError
+    from anygen.request import Request
+
+    request = Request(text=text, image=image, audio=audio, output="any")
+    if not request.inputs:
+        raise InputError("nothing to tokenize: give --text, --image or --audio")
+    print_json(AnyGen.from_pretrained(model).tokenize(request))
