@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm.config import Config
 from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig, cosine_loss, task_layer
-from tokenizers_mm.pixels import PixelHead
+from tokenizers_mm.pixels import PixelHead, colour_loss
 from tokenizers_mm.quantizer import QuantizerConfig, codebooks_of, is_started, make_quantizer
 from tokenizers_mm.ssim import structure_loss
 from tokenizers_mm.teacher import TeacherConfig, TeacherFeatures
@@ -64,6 +64,7 @@ class VQKDLosses:
     commitment: Tensor
     pixels: Tensor
     structure: Tensor
+    colour: Tensor
     codes: Tensor | None
     """B x N, or B x K x N with several codebooks; None where nothing was quantised."""
 
@@ -165,7 +166,7 @@ class VQKD(nn.Module):
             quantise: False lets the encoder learn before there are codes: they then start on vectors that differ.
         """
         grid_hw = (pixels_BCHW.shape[2] // self.patch_px, pixels_BCHW.shape[3] // self.patch_px)
-        deep = shallow = pixels = structure = commitment = torch.zeros((), device=pixels_BCHW.device)
+        deep = shallow = pixels = structure = colour = commitment = torch.zeros((), device=pixels_BCHW.device)
         codes = None
         if quantise:
             quantised_BNX, codes, commitment = self.encoder(pixels_BCHW)
@@ -178,6 +179,7 @@ class VQKD(nn.Module):
         if self.pixel_head is not None:
             drawn_BCHW = self.pixel_head(quantised_BNX, grid_hw).float()
             pixels = F.mse_loss(drawn_BCHW, pixels_BCHW)
+            colour = colour_loss(drawn_BCHW, pixels_BCHW)
             if self._structure:
                 structure = structure_loss(drawn_BCHW, pixels_BCHW)
-        return VQKDLosses(deep, shallow, commitment, pixels, structure, codes)
+        return VQKDLosses(deep, shallow, commitment, pixels, structure, colour, codes)

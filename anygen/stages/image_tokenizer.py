@@ -1,6 +1,6 @@
-"""Stage `image_tokenizer`: VQ-KD against the teacher, then a pixel head on the frozen codes.
+"""Stage `image_tokenizer`: VQ-KD against the teacher, then a pixel head (and a feature decoder) on the frozen codes.
 
-vqkd/       checkpoints and metrics of the first phase, pixels/ of the second
+vqkd/       checkpoints and metrics of the first phase, pixels/ of the second, described/ of the third
 tokenizer/  the result: encoder, codebooks, pixel head
 features/   the decoder from codes to the teacher's features, for evaluation and for those who want features
 """
@@ -18,9 +18,10 @@ from anygen.errors import ConfigError
 from anygen.files import publishing, sha256_of
 from anygen.seeding import borrowed_randomness, seed_of
 from anygen.stages.base import StageConfig, StageResult, open_records
-from anygen.stages.picture_losses import DistillationLoss, DrawingLoss
-from anygen.stages.picture_phases import Distillation, Drawing, PictureBatches, make_vqkd
+from anygen.stages.picture_losses import DescribingLoss, DistillationLoss, DrawingLoss
+from anygen.stages.picture_phases import Describing, Distillation, Drawing, PictureBatches, make_vqkd
 from anygen.training.loop import LoopConfig, train
+from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.patchgan import PatchGANConfig
 from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
@@ -44,12 +45,16 @@ class ImageTokenizerConfig(StageConfig):
     """Weight of drawing already while the codes form; 0 is VQ-KD alone."""
     joint_structure_weight: float = Field(0.0, ge=0)
     """Weight of 1 - SSIM in that drawing."""
+    joint_colour_weight: float = Field(0.0, ge=0, exclude_if=lambda weight: weight == 0)
+    """Weight of the error of 4 x 4-pixel means in that drawing."""
     head_start: Literal["new", "joint"] = "new"
     """Where the second phase's pixel head starts: untrained, or from the one that drew while the codes formed."""
     perceptual_weight: float = Field(0.0, ge=0)
     """Weight of the teacher's shallow features in the pixel head's loss."""
     structure_weight: float = Field(0.0, ge=0)
     """Weight of 1 - SSIM in the pixel head's loss."""
+    colour_weight: float = Field(0.0, ge=0, exclude_if=lambda weight: weight == 0)
+    """Weight of the error of 4 x 4-pixel means in the pixel head's loss."""
     adversarial: PatchGANConfig = PatchGANConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     batch_size: int = Field(64, ge=1)
@@ -61,6 +66,11 @@ class ImageTokenizerConfig(StageConfig):
     """Share of the codebook below which the run says that it collapses."""
     vqkd_loop: LoopConfig
     head_loop: LoopConfig
+    features_loop: LoopConfig | None = Field(None, exclude_if=lambda loop: loop is None)
+    """Third phase: a deeper decoder from the frozen codes to the teacher's features. Without it `features/` is that of
+    the first phase, which is shallow so that the codes, not the decoder, say what the teacher sees."""
+    features_depth: int = Field(3, ge=1, exclude_if=lambda depth: depth == 3)
+    """Layers of that decoder."""
 
     @property
     def has_teacher(self) -> bool:
@@ -77,12 +87,15 @@ class ImageTokenizerConfig(StageConfig):
                 f"adversarial.layers={self.adversarial.layers} needs pictures of {seen} px or more; "
                 f"side_px is {self.encoder.side_px}"
             )
-        if self.joint_structure_weight and not self.pixel_weight:
-            raise ValueError("joint_structure_weight needs pixel_weight above 0, otherwise nothing is drawn")
+        for name in ("joint_structure_weight", "joint_colour_weight"):
+            if getattr(self, name) and not self.pixel_weight:
+                raise ValueError(f"{name} needs pixel_weight above 0, otherwise nothing is drawn")
         if (self.structure_weight or self.joint_structure_weight) and self.encoder.side_px < 11:
             raise ValueError(f"comparing structure needs pictures of 11 px or more; side_px is {self.encoder.side_px}")
         if self.steps_without_quantiser >= self.vqkd_loop.steps:
             raise ValueError(f"steps_without_quantiser={self.steps_without_quantiser} leaves no step with codes")
+        if self.features_loop and not (self.deep_weight or self.shallow_weight):
+            raise ValueError("features_loop needs deep_weight or shallow_weight above 0, otherwise there is no teacher")
         if self.head_start == "joint" and not self.pixel_weight:
             raise ValueError("head_start: joint needs pixel_weight above 0, otherwise no head has been trained")
         return self
@@ -100,7 +113,7 @@ class ImageTokenizerConfig(StageConfig):
 
 
 def main(config: ImageTokenizerConfig) -> StageResult:
-    """Train both phases; save `tokenizer/` and `features/`."""
+    """Train every phase; save `tokenizer/` and `features/`."""
     teacher = open_teacher(config)
     pictures = _pictures(config)
 
@@ -125,9 +138,16 @@ def main(config: ImageTokenizerConfig) -> StageResult:
     with publishing(config.folder / "tokenizer") as folder:
         tokenizer.save(folder)
     if config.deep_weight or config.shallow_weight:
+        features = vqkd.features
+        if config.features_loop is not None and teacher is not None:
+            describing_module = describing_loss(config, config.features_loop, features.config, teacher)
+            batches = _batches(config, pictures, config.features_loop.seed, "described")
+            describing = Describing(describing_module, batches, tokenizer)
+            metrics |= train(describing, config.features_loop, config.folder / "described", title="feature decoder")
+            features = describing_module.features.cpu()
         outputs.append(config.folder / "features")
         with publishing(config.folder / "features") as folder:
-            vqkd.features.save(folder)
+            features.save(folder)
     return StageResult(config.folder, tuple(outputs), metrics)
 
 
@@ -166,6 +186,7 @@ def distillation_loss(config: ImageTokenizerConfig, teacher: VisionTeacher | Non
         "commitment": config.commitment_weight,
         "pixels": config.pixel_weight,
         "structure": config.joint_structure_weight,
+        "colour": config.joint_colour_weight,
     }
     return DistillationLoss(
         vqkd,
@@ -187,9 +208,21 @@ def drawing_loss(config: ImageTokenizerConfig, tokenizer: ImageTokenizer, teache
             teacher if config.perceptual_weight else None,
             perceptual_weight=config.perceptual_weight,
             structure_weight=config.structure_weight,
+            colour_weight=config.colour_weight,
             gan=config.adversarial,
             gan_start=round(config.adversarial.start_share * config.head_loop.steps),
         )
+
+
+def describing_loss(
+    config: ImageTokenizerConfig, loop: LoopConfig, decoder: FeatureDecoderConfig, teacher: VisionTeacher
+) -> DescribingLoss:
+    """The third phase's module, untrained."""
+    rows = config.encoder.side_px // config.encoder.patch_px
+    with borrowed_randomness(seed_of(loop.seed, "described")):
+        features = FeatureDecoder(decoder.model_copy(update={"depth": config.features_depth}))
+    weights = {"deep_weight": config.deep_weight, "shallow_weight": config.shallow_weight}
+    return DescribingLoss(features, teacher, (rows, rows), **weights)
 
 
 def _pictures(config: ImageTokenizerConfig) -> tuple[PictureSet, PictureSet]:

@@ -1,4 +1,4 @@
-"""What the two phases of a picture tokenizer minimise."""
+"""What the phases of a picture tokenizer minimise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizers_mm.features import FeatureDecoder, cosine_loss
 from tokenizers_mm.patchgan import (
     PatchDiscriminator,
     PatchGANConfig,
@@ -15,7 +16,7 @@ from tokenizers_mm.patchgan import (
     discriminator_loss,
     head_loss,
 )
-from tokenizers_mm.pixels import PixelHead, pixel_loss
+from tokenizers_mm.pixels import PixelHead, colour_loss, pixel_loss
 from tokenizers_mm.ssim import structure_loss
 from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
 from tokenizers_mm.usage import UsageMonitor
@@ -57,6 +58,7 @@ class DistillationLoss(nn.Module):
             "commitment": losses.commitment,
             "pixels": losses.pixels,
             "structure": losses.structure,
+            "colour": losses.colour,
         }
         loss = torch.stack([self._weights[name] * part for name, part in parts.items()]).sum()
         if losses.codes is None:
@@ -82,8 +84,39 @@ class DistillationLoss(nn.Module):
         return super().to(*args, **kwargs)
 
 
+class DescribingLoss(nn.Module):
+    """Distance of the features that a decoder finds in frozen codes from the teacher's, weighted as in phase one."""
+
+    def __init__(
+        self,
+        features: FeatureDecoder,
+        teacher: VisionTeacher,
+        grid_hw: tuple[int, int],
+        *,
+        deep_weight: float,
+        shallow_weight: float,
+    ) -> None:
+        super().__init__()
+        self.features, self._teacher, self._grid_hw = features, [teacher], grid_hw
+        self._weights = deep_weight, shallow_weight
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(code vectors, pixels) to the loss and its parts."""
+        vectors_BNX, pixels_BCHW = batch
+        target = self._teacher[0](pixels_BCHW, self._grid_hw)
+        found = self.features(vectors_BNX, self._grid_hw)
+        deep = cosine_loss(found.deep_BND, target.deep_BND)
+        shallow = cosine_loss(found.shallow_BND, target.shallow_BND)
+        return self._weights[0] * deep + self._weights[1] * shallow, {"deep": deep, "shallow": shallow}
+
+    def to(self, *args: Any, **kwargs: Any) -> DescribingLoss:
+        """The teacher moves with the rest."""
+        self._teacher[0].to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
+
 class DrawingLoss(nn.Module):
-    """L1 and MSE, SSIM, the teacher's shallow features, and late in training the judgement of a PatchGAN."""
+    """L1 and MSE, SSIM, coarse colours, the teacher's shallow features, and late the judgement of a PatchGAN."""
 
     def __init__(
         self,
@@ -93,12 +126,14 @@ class DrawingLoss(nn.Module):
         *,
         perceptual_weight: float,
         structure_weight: float,
+        colour_weight: float,
         gan: PatchGANConfig,
         gan_start: int,
     ) -> None:
         super().__init__()
         self.head, self._grid_hw, self._teacher = head, grid_hw, [teacher]
         self._perceptual_weight, self._structure_weight = perceptual_weight, structure_weight
+        self._colour_weight = colour_weight
         self._gan, self._gan_start = gan, gan_start
         self.discriminator = PatchDiscriminator(gan) if gan.weight else None
         self._step: Tensor
@@ -113,6 +148,9 @@ class DrawingLoss(nn.Module):
         if self._structure_weight:
             structure = structure_loss(drawn_BCHW, pixels_BCHW)
             loss, report["ssim"] = loss + self._structure_weight * structure, 1 - structure
+        if self._colour_weight:
+            report["colour"] = colour_loss(drawn_BCHW, pixels_BCHW)
+            loss = loss + self._colour_weight * report["colour"]
         if (teacher := self._teacher[0]) is not None and self._perceptual_weight:
             target = teacher(pixels_BCHW, self._grid_hw).shallow_BND
             perceptual = F.mse_loss(teacher.differentiable(drawn_BCHW, self._grid_hw), target)

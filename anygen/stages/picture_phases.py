@@ -1,4 +1,7 @@
-"""The two phases of a picture tokenizer: codes that say what a teacher sees, then a head that draws from them."""
+"""The phases of a picture tokenizer: codes that say what a teacher sees, then a head that draws from them.
+
+A third one may follow: a larger decoder from the codes, now frozen, to the teacher's features.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from anygen.data.augmentation import AugmentationConfig, augment
 from anygen.data.pictures import PictureSet
 from anygen.seeding import borrowed_randomness
 from anygen.stages.base import Shuffled
-from anygen.stages.picture_losses import DistillationLoss, DrawingLoss
+from anygen.stages.picture_losses import DescribingLoss, DistillationLoss, DrawingLoss
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
 from tokenizers_mm.teacher import TeacherConfig, VisionTeacher
@@ -104,24 +107,18 @@ class Distillation:
                 block.compile()
 
 
-class Drawing:
-    """Trainee of the second phase: the codes are frozen, the pixel head learns to draw them."""
+class FrozenCodes:
+    """Vectors of the codes that a tokenizer gives pictures; in fp32, and found once a picture while pictures stay."""
 
-    def __init__(self, losses: DrawingLoss, batches: PictureBatches, tokenizer: ImageTokenizer) -> None:
-        self.module: nn.Module = losses
-        self._batches, self._tokenizer = batches, tokenizer
+    def __init__(self, tokenizer: ImageTokenizer, *, keep: bool) -> None:
+        self._tokenizer, self._keep = tokenizer, keep
         self._codes: dict[int, Tensor] = {}
-        self._keeps_codes = batches.augmentation == AugmentationConfig()
 
-    def next_batch(self) -> tuple[list[int], Tensor]:
-        """The next batch, on the CPU."""
-        return self._batches.next()
-
-    def to_device(self, batch: tuple[list[int], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """(code vectors, pixels) where the module is; the codes are found there too, in fp32."""
-        items, pixels = batch[0], batch[1].to(device)
+    def vectors(self, items: list[int], pixels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(code vectors, pixels) on the device."""
+        pixels = pixels.to(device)
         self._tokenizer.to(device)
-        if not self._keeps_codes:  # the next time a picture comes it is another one
+        if not self._keep:  # the next time a picture comes it is another one
             return self._tokenizer.encoder.vectors_of(self._tokenizer.encode_pixels(pixels).to(device)), pixels
         missing = [place for place, item in enumerate(items) if item not in self._codes]
         if missing:
@@ -129,6 +126,63 @@ class Drawing:
             self._codes |= {items[place]: codes for place, codes in zip(missing, found, strict=True)}
         codes = torch.stack([self._codes[item] for item in items])
         return self._tokenizer.encoder.vectors_of(codes.to(device)), pixels
+
+
+class Describing:
+    """Trainee of the third phase: the codes are frozen, a decoder learns to say from them what the teacher sees."""
+
+    def __init__(self, losses: DescribingLoss, batches: PictureBatches, tokenizer: ImageTokenizer) -> None:
+        self.losses, self._batches = losses, batches
+        self.module: nn.Module = losses
+        self._codes = FrozenCodes(tokenizer, keep=batches.augmentation == AugmentationConfig())
+        self._held_out = FrozenCodes(tokenizer, keep=False)
+
+    def next_batch(self) -> tuple[list[int], Tensor]:
+        """The next batch, on the CPU."""
+        return self._batches.next()
+
+    def to_device(self, batch: tuple[list[int], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(code vectors, pixels) where the module is."""
+        return self._codes.vectors(*batch, device)
+
+    def state(self) -> dict[str, Any]:
+        """JSON-able position in the stream of batches."""
+        return self._batches.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to such a position."""
+        self._batches.load_state(state)
+
+    def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
+        """Figures on held-out pictures, in fp32."""
+        parts = []
+        for pixels in self._batches.held_out.batches(device):
+            report = self.losses(self._held_out.vectors([], pixels, device))[1]
+            parts.append(torch.stack([report["deep"], report["shallow"]]) * len(pixels))
+        deep, shallow = (torch.stack(parts).sum(0) / len(self._batches.held_out)).tolist()
+        return {"described_deep": deep, "described_shallow": shallow}
+
+    def compile(self) -> None:
+        """Compile the repeated blocks."""
+        for block in self.losses.features.transformer.blocks:
+            block.compile()
+
+
+class Drawing:
+    """Trainee of the second phase: the codes are frozen, the pixel head learns to draw them."""
+
+    def __init__(self, losses: DrawingLoss, batches: PictureBatches, tokenizer: ImageTokenizer) -> None:
+        self.module: nn.Module = losses
+        self._batches, self._tokenizer = batches, tokenizer
+        self._codes = FrozenCodes(tokenizer, keep=batches.augmentation == AugmentationConfig())
+
+    def next_batch(self) -> tuple[list[int], Tensor]:
+        """The next batch, on the CPU."""
+        return self._batches.next()
+
+    def to_device(self, batch: tuple[list[int], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+        """(code vectors, pixels) where the module is."""
+        return self._codes.vectors(*batch, device)
 
     def state(self) -> dict[str, Any]:
         """JSON-able position in the stream of batches."""

@@ -84,6 +84,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "finer grid": {"encoder": {"patch_px": 4}},
     "late codes": {"steps_without_quantiser": 2},
     "muon": {"vqkd_loop": {"optimizer": {"kind": "muon"}}},
+    "colours": {"pixel_weight": 1.0, "joint_colour_weight": 3.0, "colour_weight": 2.0},
+    "described": {"features_loop": {"steps": 4, "log_every": 1, "save_every": 2, "precision": "fp32"}},
+    "described, augmented": {
+        "features_loop": {"steps": 2, "log_every": 1, "save_every": 2, "precision": "fp32"},
+        "features_depth": 2,
+        "augmentation": {"colour": 0.2},
+    },
 }
 
 
@@ -103,6 +110,9 @@ def test_every_variant_trains_saves_and_encodes(root: Path, tmp_path: Path, fiel
         pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         vectors = tokenizer.encoder.vectors_of(tokenizer.encode_pixels(pixels))
         predicted = features(vectors, tokenizer.grid_hw)
+        assert features.config.depth == (
+            config.features_depth if config.features_loop else config.encoder.decoder_depth
+        )
         assert features.config.teacher.path is None, "a run that is moved still finds its own teacher"
         own = features.config.teacher.model_copy(update={"path": root / "teacher" / "model"})
         target = VisionTeacher.open(own)(pixels, tokenizer.grid_hw)
@@ -113,7 +123,18 @@ def test_every_variant_trains_saves_and_encodes(root: Path, tmp_path: Path, fiel
         assert (row["structure"] > 0) == ("joint_structure_weight" in fields)
         parts = row["deep"] * config.deep_weight + row["shallow"] * config.shallow_weight + row["commitment"]
         parts += row["pixels"] * config.pixel_weight + row["structure"] * config.joint_structure_weight
+        parts += row["colour"] * config.joint_colour_weight
         assert row["loss"] == pytest.approx(parts, rel=1e-4)
+    drawn = [json.loads(line) for line in (config.folder / "pixels" / "metrics.jsonl").read_text().splitlines()]
+    assert all(("colour" in row) == (config.colour_weight > 0) for row in drawn)
+    if config.features_loop:
+        rows = [json.loads(line) for line in (config.folder / "described" / "metrics.jsonl").read_text().splitlines()]
+        assert len(rows) == config.features_loop.steps
+        for row in rows:
+            assert row["loss"] == pytest.approx(
+                row["deep"] * config.deep_weight + row["shallow"] * config.shallow_weight, rel=1e-4
+            )
+        assert 0 < rows[-1]["validation_described_deep"] < 2
     if "adversarial" in fields:
         rows = [json.loads(line) for line in (config.folder / "pixels" / "metrics.jsonl").read_text().splitlines()]
         assert ["discriminator" in row for row in rows] == [False, False, True, True], "judged in the second half"

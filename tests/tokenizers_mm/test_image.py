@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from tokenizers_mm.codes import Codes
 from tokenizers_mm.errors import CheckpointError, DataError, InputError
 from tokenizers_mm.image import ImageTokenizer, square, to_picture, to_pixels
-from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
+from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, colour_loss
 from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
 from tokenizers_mm.vit import Transformer, from_patches, positions, to_patches
 from tokenizers_mm.vqkd import VQKD, PictureEncoder, VQKDConfig
@@ -232,3 +233,15 @@ def test_vqkd_losses_are_cosine(clip_folder: Path) -> None:
     target = TeacherFeatures(torch.randn(1, 4, 24), torch.randn(1, 4, 24)).deep_BND
     assert float(cosine_loss(target * 3, target)) == pytest.approx(0.0, abs=1e-6)
     assert float(cosine_loss(-target, target)) == pytest.approx(2.0, abs=1e-6)
+
+
+def test_colour_loss_sees_areas_and_hardly_edges() -> None:
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.rand(1, 3, 16, 16, generator=generator)
+    shade = picture.clone()
+    shade[:, :, 4:8, 8:12] += 0.1  # one area of 4 x 4
+    assert float(colour_loss(shade, picture)) == pytest.approx(0.01 / 16, rel=1e-4)
+    checks = picture + 0.1 * (1 - 2.0 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2))
+    assert float(colour_loss(checks, picture)) < 1e-12 < float(F.mse_loss(checks, picture))
+    odd = torch.rand(2, 3, 6, 10, generator=generator)
+    assert float(colour_loss(odd, odd)) == 0 and torch.isfinite(colour_loss(odd, odd + 1))
