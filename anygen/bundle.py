@@ -30,8 +30,8 @@ from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.codes import Modality
 from tokenizers_mm.image import ImageTokenizer
+from tokenizers_mm.llm_text import load_text_tokenizer
 from tokenizers_mm.regions import RegionTokenizer
-from tokenizers_mm.text import TextTokenizer
 from tokenizers_mm.weights import UNREADABLE
 
 FORMAT = 1
@@ -147,7 +147,7 @@ def _usable(device: str) -> torch.device:
 
 def load_tokenizers(folder: Path, vocabulary: Vocabulary, device: torch.device) -> Tokenizers:
     """The tokenizers of every modality that the vocabulary has."""
-    tokenizers: dict[Modality, Any] = {"text": TextTokenizer.load(folder / "text")}
+    tokenizers: dict[Modality, Any] = {"text": load_text_tokenizer(folder / "text")}
     if "image" in vocabulary.modalities:
         tokenizers["image"] = ImageTokenizer.load(folder / "image").to(device)
     if "audio" in vocabulary.modalities:

@@ -13,7 +13,6 @@ from anygen.errors import InputError
 from anygen.sequence import Sequencer
 from anygen.vocabulary import NUM_NUMBERS, Range
 from tokenizers_mm.codes import Modality
-from tokenizers_mm.text import UNKNOWN
 
 Ranges = tuple[tuple[int, int], ...]
 """Allowed ids as [start, stop) pairs, ascending."""
@@ -43,8 +42,7 @@ class Grammar:
         self.sequencer = sequencer
         self.vocabulary = sequencer.vocabulary
         self.layout = sequencer.layout
-        text = self.vocabulary.range("text")
-        self.text_ids = (text.start + UNKNOWN + 1, text.stop)  # no text encodes to "unknown", so none is sampled
+        self.text_ids = self.vocabulary.text_ids  # what no text encodes to is not sampled
 
     def num_body(self, block: Block) -> int:
         """Fewest ids between begin and end: shape numbers and codes."""
@@ -226,7 +224,7 @@ class Walk:
                 self.is_cut = True
                 return _only(self._end_id())
             end = ((self._end_id(), self._end_id() + 1),) if self._num_written else ()
-            return (self._grammar.text_ids, *end)
+            return (*self._grammar.text_ids, *end)
         if len(self._shape) < self._grammar.sequencer.num_shape_numbers(modality):
             zero = self._grammar.vocabulary.numbers.start
             return tuple((zero + low, zero + high + 1) for low, high in self._shape_bounds())

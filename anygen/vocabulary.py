@@ -35,6 +35,10 @@ CONTROL = (
 _NUM_NAMED = 64
 
 
+Spans = tuple[tuple[int, int], ...]
+_UNKNOWN: Spans = ((0, 1),)  # SentencePiece's own; a manifest names others only
+
+
 @dataclass(frozen=True)
 class Range:
     """Ids [start, start + size) of one codebook, or of the control tokens."""
@@ -73,6 +77,8 @@ class Vocabulary:
     control_names: tuple[str, ...] = CONTROL
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     """Fingerprint of the tokenizer behind each modality."""
+    unused_text: Spans = _UNKNOWN
+    """[start, stop) of text codes that no text encodes to; they are never sampled."""
 
     @classmethod
     def create(
@@ -84,6 +90,7 @@ class Vocabulary:
         region: int = 0,
         voken: int = 0,
         fingerprints: Mapping[str, str] | None = None,
+        unused_text: Spans = _UNKNOWN,
     ) -> Vocabulary:
         """Lay out the ranges; `image` and `audio` are (codebooks, codes per book), the rest sizes."""
         sizes = [("text", text), ("control", _NUM_NAMED + NUM_NUMBERS)]
@@ -95,7 +102,7 @@ class Vocabulary:
             if size:
                 ranges.append(Range(name, start, size))
                 start += size
-        return cls(tuple(ranges), CONTROL, dict(fingerprints or {}))
+        return cls(tuple(ranges), CONTROL, dict(fingerprints or {}), unused_text)
 
     @classmethod
     def of(cls, tokenizers: Tokenizers, *, audio_codebooks: int | None = None, voken: int = 0) -> Vocabulary:
@@ -113,6 +120,7 @@ class Vocabulary:
             region=books("region")[1],
             voken=voken,
             fingerprints={modality: tokenizer.fingerprint for modality, tokenizer in tokenizers.items()},
+            unused_text=getattr(tokenizers["text"], "unused_codes", _UNKNOWN),
         )
 
     @cached_property
@@ -137,6 +145,18 @@ class Vocabulary:
     def modalities(self) -> tuple[str, ...]:
         """The modalities that have a range, in the order of the ranges."""
         return tuple(dict.fromkeys(r.group for r in self.ranges if r.group not in ("control", "voken")))
+
+    @cached_property
+    def text_ids(self) -> Spans:
+        """[start, stop) of the ids that text encodes to, ascending; at least one.
+
+        >>> Vocabulary.create(text=300, unused_text=((0, 2), (290, 300))).text_ids
+        ((2, 290),)
+        """
+        text = self.range("text")
+        edges = [0, *(edge for span in self.unused_text for edge in span), text.size]
+        spans = zip(edges[::2], edges[1::2], strict=True)
+        return tuple((text.start + low, text.start + high) for low, high in spans if high > low)
 
     def range(self, name: str) -> Range:
         """The range of a codebook.
@@ -185,7 +205,8 @@ class Vocabulary:
 
     def manifest(self) -> dict[str, Any]:
         """JSON-able description; `from_manifest` is the inverse."""
-        return {
+        unused = [list(span) for span in self.unused_text]
+        return ({} if self.unused_text == _UNKNOWN else {"unused_text": unused}) | {
             "format": FORMAT,
             "size": self.size,
             "ranges": [{"name": r.name, "start": r.start, "size": r.size} for r in self.ranges],
@@ -208,9 +229,10 @@ class Vocabulary:
             ranges = tuple(Range(str(r["name"]), int(r["start"]), int(r["size"])) for r in manifest["ranges"])
             names = tuple(manifest["control"])
             fingerprints = {str(k): str(v) for k, v in manifest["fingerprints"].items()}
+            unused = tuple((int(low), int(high)) for low, high in manifest.get("unused_text", _UNKNOWN))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"broken vocabulary manifest: {type(error).__name__} {error}") from error
-        vocabulary = cls(ranges, names, fingerprints)
+        vocabulary = cls(ranges, names, fingerprints, unused)
         expected = 0
         for r in ranges:
             if r.start != expected or r.size <= 0:
@@ -220,6 +242,9 @@ class Vocabulary:
             expected = r.stop
         if [r.name for r in ranges[:2]] != ["text", "control"]:
             raise CheckpointError("broken vocabulary manifest: it must open with the ranges text and control")
+        edges = [0, *(edge for span in unused for edge in span), ranges[0].size]
+        if edges != sorted(edges) or not vocabulary.text_ids:
+            raise CheckpointError("broken vocabulary manifest: unused_text leaves no text, or is not in order")
         if names != CONTROL[: len(names)] or ranges[1].size != _NUM_NAMED + NUM_NUMBERS:
             raise CheckpointError("the vocabulary has other control tokens than this version of anygen")
         if (

@@ -50,6 +50,33 @@ def text_tokenizer() -> TextTokenizer:
 
 
 @pytest.fixture(scope="session")
+def llm_json() -> bytes:
+    """The tokenizer.json of a language model as Qwen writes it: byte-level BPE, NFC, added tokens at the end."""
+    import tokenizers as library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    made = library.Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(library.Regex(words), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made.train_from_iterator(
+        [*SENTENCES, "hi! hi! \u00e9t\u00e9"] * 3,
+        trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False),
+    )
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    made.add_tokens(["<think>", "</think>"])
+    return made.to_str().encode()
+
+
+@pytest.fixture(scope="session")
 def image_tokenizer() -> ImageTokenizer:
     """An untrained VQ-KD tokenizer of 16 px pictures, 2 x 2 codes of 32."""
     torch.manual_seed(0)

@@ -40,6 +40,8 @@ class TextTokenizer:
     num_codebooks = 1
     rate_hz = None
     grid_hw = None
+    unused_codes = ((UNKNOWN, UNKNOWN + 1),)
+    """[start, stop) of the codes that no text encodes to."""
 
     def __init__(self, model_bytes: bytes) -> None:
         self.model_bytes = model_bytes
@@ -67,14 +69,7 @@ class TextTokenizer:
         Raises:
             InputError: not a string, longer than `MAX_CHARACTERS`, or holding lone surrogates (not valid Unicode text).
         """
-        if not isinstance(text, str):
-            raise InputError(f"text must be a str; got {type(text).__name__}")
-        if len(text) > MAX_CHARACTERS:
-            raise InputError(f"text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"text is not valid Unicode: lone surrogate at character {error.start}") from error
+        check_text(text)
         ids: list[int] = []
         for index, part in enumerate(text.split(_SPACE_MARK)):
             if index:
@@ -86,6 +81,13 @@ class TextTokenizer:
         """Pieces to text; bytes that are not UTF-8 (a model may sample them) come back as U+FFFD."""
         check_codes(codes, "text", self.codebook_size, 1)
         return str(self._model.decode(codes.codes_KT[0].tolist()))
+
+    def piece_bytes(self, code: int) -> bytes:
+        """The UTF-8 bytes that a code stands for; none for the unknown one."""
+        piece = str(self._model.id_to_piece(code))
+        if self._model.is_byte(code):
+            return bytes([int(piece[3:5], 16)])
+        return b"" if code == UNKNOWN else piece.replace(_SPACE_MARK, " ").encode("utf-8")
 
     def save(self, folder: Path) -> None:
         """Write the model file into `folder`."""
@@ -99,6 +101,22 @@ class TextTokenizer:
             return cls((folder / MODEL_FILE).read_bytes())
         except OSError as error:
             raise CheckpointError(f"no text tokenizer in {folder}: expected {MODEL_FILE}") from error
+
+
+def check_text(text: str) -> None:
+    """Refuse what no text tokenizer takes.
+
+    Raises:
+        InputError: not a string, longer than `MAX_CHARACTERS`, or holding lone surrogates (not valid Unicode text).
+    """
+    if not isinstance(text, str):
+        raise InputError(f"text must be a str; got {type(text).__name__}")
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"text has {len(text):,} characters; at most {MAX_CHARACTERS:,} are read")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"text is not valid Unicode: lone surrogate at character {error.start}") from error
 
 
 def train_text_tokenizer(sentences: Iterable[str], *, vocabulary_size: int) -> TextTokenizer:

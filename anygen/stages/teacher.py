@@ -29,8 +29,8 @@ from anygen.stages.contrastive import PIXEL_MEAN, PIXEL_STD, Towers
 from anygen.stages.sound_pairs import SoundPairs
 from anygen.training.loop import LoopConfig, train
 from tokenizers_mm import compat  # noqa: F401  before transformers
+from tokenizers_mm.llm_text import SomeTextTokenizer
 from tokenizers_mm.sound_tower import SoundTower, SoundTowerConfig
-from tokenizers_mm.text import TextTokenizer
 from tokenizers_mm.vit import check_width
 
 
@@ -155,7 +155,9 @@ def _create(config: TeacherConfig, num_pieces: int) -> Any:
 class _Pairs:
     """The pictures of a split with their captions as text pieces, and their sounds where there is a tower for them."""
 
-    def __init__(self, config: TeacherConfig, split: str, tokenizer: TextTokenizer, sound: SoundTower | None) -> None:
+    def __init__(
+        self, config: TeacherConfig, split: str, tokenizer: SomeTextTokenizer, sound: SoundTower | None
+    ) -> None:
         self._length, self._tokenizer = config.max_pieces, tokenizer
         self.pictures = PictureSet(open_records(config.root, split), config.side_px)
         store, indices = self.pictures.store, self.pictures.indices
@@ -184,7 +186,7 @@ class _Pairs:
 
 
 class _Contrastive:
-    def __init__(self, config: TeacherConfig, towers: Towers, tokenizer: TextTokenizer) -> None:
+    def __init__(self, config: TeacherConfig, towers: Towers, tokenizer: SomeTextTokenizer) -> None:
         self.module: nn.Module = towers
         self._config, self._towers = config, towers
         self._train = _Pairs(config, "train", tokenizer, towers.sound)
