@@ -57,15 +57,20 @@ class WeightAverage:
     @torch.no_grad()
     def apply(self) -> None:
         """Replace the module's weights by their means."""
-        torch._foreach_copy_(list(self._weights.values()), list(self._means.values()))
+        _copy(self._means, self._weights)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the module has the means for weights; afterwards its own, to the last bit."""
-        own = [weight.clone() for weight in self._weights.values()]
+        own = {name: weight.clone() for name, weight in self._weights.items()}
         self.apply()
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(list(self._weights.values()), own)
+                _copy(own, self._weights)
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in source.items():  # sharded tensors have no foreach copy
+        target[name].copy_(tensor)

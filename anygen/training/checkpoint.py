@@ -1,7 +1,8 @@
 """Training state on disk: atomic, checked, without pickle.
 
-A checkpoint is a folder `step-00001234` with every tensor of module and optimizer in one safetensors file, everything
-else in JSON, and a manifest of checksums (`anygen.files.publishing`). Loading takes the newest one that verifies.
+A checkpoint is a folder `step-00001234` with every tensor of module and optimizer, named, in safetensors (one file, or
+one a process where the module is sharded), everything else in JSON, and a manifest of checksums
+(`anygen.files.publishing`). Loading takes the newest one that verifies, whatever number of processes wrote it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from anygen.errors import CheckpointError
 from anygen.files import publishing, read_json, remove_leftovers, verify, write_json
+from anygen.training import processes, sharding
+from anygen.training.sharding import ONE_FILE
 
 logger = logging.getLogger("anygen")
 _NAME = re.compile(r"step-(\d{8})")
@@ -33,8 +36,8 @@ class Restored:
     step: int
     """The next step to do."""
     extra: dict[str, Any]
-    averages: dict[str, torch.Tensor]
-    """Both as they were passed to `save`."""
+    averages: dict[str, Tensor]
+    """Both as they were passed to `save`; of a sharded module this process's slices."""
 
 
 def save(
@@ -44,8 +47,9 @@ def save(
     optimizer: torch.optim.Optimizer,
     extra: dict[str, Any],
     *,
-    averages: Mapping[str, torch.Tensor] | None = None,
+    averages: Mapping[str, Tensor] | None = None,
     keep: int = 2,
+    sharded: bool = False,
 ) -> Path:
     """Publish the state before step `step`; older checkpoints beyond `keep` are deleted only after that.
 
@@ -57,22 +61,28 @@ def save(
         extra: JSON-able state of the rest.
         averages: means of the module's weights, by name.
         keep: checkpoints that stay.
+        sharded: every process calls this and writes its slices; otherwise only one process calls.
 
     Raises:
         CheckpointError: the disk is full or not writable; what was there before is intact.
     """
     path = folder / f"step-{step:08d}"
+    means = {f"average.{name}": tensor for name, tensor in (averages or {}).items()}
+    tensors = {**_module_tensors(module), **_optimizer_tensors(module, optimizer), **means}
     try:
-        with publishing(path) as temporary:
-            means = {f"average.{name}": tensor.contiguous() for name, tensor in (averages or {}).items()}
-            tensors = {**_module_tensors(module), **_optimizer_tensors(optimizer), **means}
-            save_file(tensors, temporary / "state.safetensors")
-            write_json(temporary / "state.json", {"step": step, "extra": extra})
+        with sharding.publishing_together(path) if sharded else publishing(path) as temporary:
+            if sharded:
+                sharding.write(tensors, temporary)
+            else:
+                save_file({name: t.contiguous() for name, t in tensors.items()}, temporary / ONE_FILE)
+            if not sharded or processes.rank() == 0:
+                write_json(temporary / "state.json", {"step": step, "extra": extra})
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(folder).free // 2**20 if folder.exists() else 0
         raise CheckpointError(f"cannot save {path} ({free} MiB free): {error}") from error
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    if not sharded or processes.rank() == 0:
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
     return path
 
 
@@ -81,12 +91,19 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if _NAME.fullmatch(path.name)) if folder.is_dir() else []
 
 
-def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Restored | None:
-    """Load the newest undamaged checkpoint; None where there is none.
+def restore(
+    folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool = False
+) -> Restored | None:
+    """Load the newest undamaged checkpoint; None where there is none. Every process of a run calls this.
 
     Raises:
         CheckpointError: it is undamaged but does not fit this module or optimizer.
     """
+    newest = processes.told(str(_newest(folder) or "") if processes.rank() == 0 else None)
+    return _load(Path(newest), module, optimizer, sharded=sharded) if newest else None
+
+
+def _newest(folder: Path) -> Path | None:
     remove_leftovers(folder)
     for path in reversed(checkpoints(folder)):
         try:
@@ -94,60 +111,95 @@ def restore(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -
         except CheckpointError as error:
             logger.warning("skipping a damaged checkpoint: %s", error)
             continue
-        return _load(path, module, optimizer)
+        return path
     return None
 
 
-def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> Restored:
+def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool) -> Restored:
     state = read_json(path / "state.json")
     try:
-        tensors = load_file(path / "state.safetensors")
+        tensors = _read_slices(path, module) if sharded else _read_whole(path)
         expected = _module_tensors(module)
         found = {name: tensor for name, tensor in tensors.items() if name.startswith("module.")}
         if expected.keys() != found.keys():
             odd = sorted(expected.keys() ^ found.keys())
             raise CheckpointError(f"{path} is of another model: {len(odd)} tensors differ, {odd[0]!r} first")
         module.load_state_dict({name.removeprefix("module."): t for name, t in found.items()}, strict=False)
-        _load_optimizer(optimizer, {name: t for name, t in tensors.items() if name.startswith("optimizer.")})
+        _load_optimizer(module, optimizer, {n: t for n, t in tensors.items() if n.startswith("optimizer.")})
         means = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
-        return Restored(int(state["step"]), dict(state["extra"]), means)
+        step, extra = state["step"], state["extra"]
+        if type(step) is not int or step < 0 or not isinstance(extra, dict):
+            raise CheckpointError(f"{path / 'state.json'} was altered: step is {step!r}, extra is {extra!r:.80}")
+        return Restored(step, extra, means)
     except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} does not fit this run: {error}") from error
 
 
-def _module_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """State by name; of tensors that share memory (tied embeddings) only the first."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in module.state_dict().items():
-        if tensor.numel() and tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())
-        tensors[f"module.{name}"] = tensor.detach().contiguous()
+def _read_whole(path: Path) -> dict[str, Tensor]:
+    if (path / ONE_FILE).exists():
+        return load_file(path / ONE_FILE)
+    tensors = {name: torch.zeros(shape) for name, shape in sharding.shapes_in(path).items()}
+    sharding.read(tensors, path)
     return tensors
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
+def _read_slices(path: Path, module: nn.Module) -> dict[str, Tensor]:
+    """Tensors that are sliced as the module's weights are."""
+    parameters = dict(module.named_parameters())
+    tensors = _module_tensors(module)
+    for name, shape in sharding.shapes_in(path).items():
+        kind, _, rest = name.partition(".")
+        if kind == "average":
+            tensors[name] = torch.zeros_like(parameters[rest])
+        elif kind == "optimizer":
+            parameter, slot = rest.rsplit(".", 1)
+            tensors[name] = torch.zeros(shape) if slot == "step" else torch.zeros_like(parameters[parameter])
+    tensors = {name: torch.empty_like(t) if name.startswith("module.") else t for name, t in tensors.items()}
+    sharding.read(tensors, path)
+    return tensors
+
+
+def _module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """State by name; of tensors that share memory (tied embeddings) only the first."""
+    own = sharding.own_names(module)
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        place = getattr(tensor, "_local_tensor", tensor).data_ptr()
+        if name not in own or (tensor.numel() and place in seen):
+            continue
+        seen.add(place)
+        tensors[f"module.{name}"] = tensor.detach()
+    return tensors
+
+
+def _optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     return {
-        f"optimizer.{index}.{name}": value.detach().contiguous()
-        for index, slots in state.items()
-        for name, value in slots.items()
+        f"optimizer.{names[id(parameter)]}.{slot}": value.detach()
+        for parameter in _parameters_of(optimizer)
+        for slot, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    state: dict[int, dict[str, torch.Tensor]] = {}
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = _parameters_of(optimizer)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    places = {names[id(parameter)]: place for place, parameter in enumerate(parameters)}
+    state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        _, index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = tensor
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for place, slots in state.items():  # a parameter without gradients has no state
-        fits = place < len(parameters) and all(
-            t.ndim == 0 or t.shape == parameters[place].shape for t in slots.values()
-        )
+        name, slot = key.removeprefix("optimizer.").rsplit(".", 1)
+        # the first checkpoints numbered their parameters
+        place = int(name) if name.isdecimal() else places.get(name, -1)
+        whole = tensor.reshape(()) if slot == "step" else tensor
+        fits = 0 <= place < len(parameters) and (whole.ndim == 0 or whole.shape == parameters[place].shape)
         if not fits:
-            raise CheckpointError(f"the optimizer state of parameter {place} does not fit this run's {len(parameters)}")
+            raise CheckpointError(f"the optimizer state of parameter {name} does not fit this run's {len(parameters)}")
+        state.setdefault(place, {})[slot] = whole
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

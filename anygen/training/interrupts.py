@@ -6,7 +6,12 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+import torch
+
 from anygen.errors import AnyGenError
+from anygen.training import processes
+
+_HEARD = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(AnyGenError):
@@ -30,7 +35,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _HEARD:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -44,6 +49,12 @@ class StopRequest:
         if self.signal_number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
+
+    def agree(self, device: torch.device) -> None:
+        """Where one process was told to stop, all are: they save together."""
+        if processes.count() > 1:
+            told = processes.total(torch.tensor([float(self.signal_number == n) for n in _HEARD], device=device))
+            self.signal_number = next((n for n, count in zip(_HEARD, told.tolist(), strict=True) if count), None)
 
     def check(self, what: str) -> None:
         """Raise `Interrupted` where a signal has come."""

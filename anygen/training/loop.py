@@ -8,12 +8,10 @@ bit for bit.
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
@@ -22,14 +20,18 @@ from torch import nn
 from anygen.config import Config
 from anygen.errors import ConfigError, TrainingError
 from anygen.seeding import borrowed_randomness, seed_of
-from anygen.training import checkpoint
+from anygen.training import processes
 from anygen.training.averaging import WeightAverage
+from anygen.training.engine import Engine
 from anygen.training.interrupts import StopRequest
 from anygen.training.metrics import MetricsLog, Progress
-from anygen.training.schedule import OptimizerConfig, learning_rate, make_optimizer
-from tokenizers_mm import compat  # noqa: F401  accelerate looks at the same fragile packages as transformers
+from anygen.training.schedule import OptimizerConfig, learning_rate
 
 CHECKPOINTS = "checkpoints"
+_STOPPED = (
+    "; stopped before the update. The last checkpoint is good: "
+    "lower the learning rate, or look at the data of this step"
+)
 
 
 class LoopConfig(Config):
@@ -41,6 +43,8 @@ class LoopConfig(Config):
     """bf16 is autocast: weights and their updates stay fp32."""
     device: Literal["auto", "cpu"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
+    accumulate: int = Field(1, ge=1, exclude_if=lambda count: count == 1)
+    """Batches whose gradients make one step: a larger batch than memory holds."""
     log_every: int = Field(20, ge=1)
     validate_every: int = Field(0, ge=0)
     """0 validates at the end only."""
@@ -82,86 +86,117 @@ class Trainee(Protocol):
         ...
 
 
+@runtime_checkable
+class Divided(Protocol):
+    """A trainee that gives each process its own part of every batch."""
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The states of all processes as one, which `load_state` takes on any number of processes."""
+        ...
+
+
 def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> dict[str, float]:
     """Train to the end, or go on from the newest checkpoint in `folder`; returns the last figures.
 
     With `ema_decay` the trainee's module has the averaged weights afterwards; checkpoints hold both.
 
     Raises:
+        ConfigError: several processes, and a trainee that does not divide its batches.
         TrainingError: loss or gradient became NaN or infinite; no such update was applied.
         Interrupted: SIGTERM or SIGINT, after a checkpoint was saved.
     """
-    accelerator = _accelerator(config)
-    optimizer = make_optimizer(trainee.module, config.optimizer)
-    restored = checkpoint.restore(folder / CHECKPOINTS, trainee.module, optimizer)
-    start = restored.step if restored else 0
-    if restored:
-        trainee.load_state(restored.extra)
+    if processes.started_as_several() and not isinstance(trainee, Divided):
+        raise ConfigError(f"{title} is trained in one process: start it without accelerate launch or torchrun")
     if config.compile:
         trainee.compile()
-    module, optimizer = accelerator.prepare(trainee.module, optimizer)
-    average = WeightAverage(trainee.module, config.ema_decay) if config.ema_decay else None
-    if average and restored:
-        average.load(restored.averages)
-    log = MetricsLog(folder, resume_step=start)
-    progress = Progress(title, config.steps, start=start)
-    meter = _Meter()
-    values: dict[str, float] = {}
+    run = _Run(trainee, config, folder, title)
+    with contextlib.closing(run.engine), StopRequest() as stop, borrowed_randomness():
+        for step in range(run.start, config.steps):
+            run.step(step)
+            stop.agree(run.engine.device)
+            if stop.signal_number is not None or ((step + 1) % config.save_every == 0 and step + 1 < config.steps):
+                run.save(step + 1)
+                stop.check(f"step {step + 1} of {config.steps} is saved in {folder}")
+        return run.finish()
 
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            plain, averages = accelerator.unwrap_model(module), average.tensors if average else {}
-            checkpoint.save(folder / CHECKPOINTS, step, plain, optimizer, trainee.state(), averages=averages)
-        accelerator.wait_for_everyone()
 
-    def validate() -> dict[str, float]:
+class _Run:
+    def __init__(self, trainee: Trainee, config: LoopConfig, folder: Path, title: str) -> None:
+        self._trainee, self._config = trainee, config
+        bf16, cpu = config.precision == "bf16", config.device == "cpu"
+        self.engine = Engine(trainee.module, config.optimizer, bf16=bf16, cpu=cpu, checkpoints=folder / CHECKPOINTS)
+        restored = self.engine.restored
+        self.start = restored.step if restored else 0
+        self._average = WeightAverage(trainee.module, config.ema_decay) if config.ema_decay else None
+        if restored:
+            trainee.load_state(restored.extra)
+            if self._average:
+                self._average.load(restored.averages)
+        is_first = processes.rank() == 0
+        self._log = MetricsLog(folder, resume_step=self.start) if is_first else None
+        self._progress = Progress(title, config.steps, start=self.start, shown=is_first)
+        self._meter = _Meter()
+        self._values: dict[str, float] = {}
+        self.engine.module.train()
+
+    def step(self, step: int) -> None:
+        config, engine, trainee = self._config, self.engine, self._trainee
+        torch.manual_seed(seed_of(config.seed, step, *([processes.rank()] if processes.rank() else [])))
+        batches = [trainee.to_device(trainee.next_batch(), engine.device) for _ in range(config.accumulate)]
+        try:
+            reports, grad_norm = engine.step(batches)
+        except TrainingError as error:
+            raise TrainingError(f"step {step}: {error}{_STOPPED}") from None
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(config.optimizer, step, config.steps) * group.get("lr_ratio", 1.0)
+        engine.optimizer.step()
+        engine.optimizer.zero_grad()
+        if self._average:
+            self._average.update(step)
+        self._meter.add(reports, grad_norm)
+        self._tell(step)
+
+    def _tell(self, step: int) -> None:
+        """Figures, where they are due after this step."""
+        done = step + 1
+        validates = done == self._config.steps or (
+            self._config.validate_every and done % self._config.validate_every == 0
+        )
+        if validates or done % self._config.log_every == 0:
+            self._values = self._meter.take() | {"lr": self.engine.optimizer.param_groups[-1]["lr"]}
+            if validates:
+                self._values |= self._validate()
+            if self._log:
+                self._log.write(step, self._values)
+        self._progress.advance({k: self._values[k] for k in ("loss", "lr") if k in self._values})
+
+    def _validate(self) -> dict[str, float]:
+        module = self.engine.module
         module.eval()
-        with torch.no_grad(), average.applied() if average else contextlib.nullcontext():
-            figures = trainee.validate(module, accelerator.device)
+        with torch.no_grad(), self._average.applied() if self._average else contextlib.nullcontext():
+            figures = self._trainee.validate(module, self.engine.device)
         module.train()
         return {f"validation_{name}": value for name, value in figures.items()}
 
-    module.train()
-    with StopRequest() as stop, borrowed_randomness():
-        for step in range(start, config.steps):
-            torch.manual_seed(seed_of(config.seed, step))
-            batch = trainee.to_device(trainee.next_batch(), accelerator.device)
-            loss, report = module(batch)
-            accelerator.backward(loss)
-            grad_norm = accelerator.clip_grad_norm_(module.parameters(), config.optimizer.max_grad_norm)
-            _require_finite(step, loss, grad_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, step, config.steps) * group.get("lr_ratio", 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            if average:
-                average.update(step)
-            meter.add({"loss": loss, "grad_norm": grad_norm, **report})
-            done = step + 1
-            validates = done == config.steps or (config.validate_every and done % config.validate_every == 0)
-            if validates or done % config.log_every == 0:
-                values = meter.take() | {"lr": optimizer.param_groups[-1]["lr"]}
-                if validates:
-                    values |= validate()
-                if accelerator.is_main_process:
-                    log.write(step, values)
-            progress.advance({k: values[k] for k in ("loss", "lr") if k in values})
-            if stop.signal_number is not None or (done % config.save_every == 0 and done < config.steps):
-                save(done)
-                stop.check(f"step {done} of {config.steps} is saved in {folder}")
-    progress.close()
-    if start >= config.steps:  # a crash between the last step and the stage's end
-        values = validate()
-    save(config.steps)
-    if average:
-        average.apply()
-    accelerator.unwrap_model(module, keep_fp32_wrapper=False)  # takes the autocast wrapper off forward, in place
-    trainee.module.eval()
-    return values
+    def save(self, done: int) -> None:
+        states = processes.gathered(self._trainee.state())
+        extra = self._trainee.joined(states) if isinstance(self._trainee, Divided) else states[0]
+        self.engine.save(done, extra, self._average)
+
+    def finish(self) -> dict[str, float]:
+        """The last figures; the module has the weights that are to be used."""
+        self._progress.close()
+        if self.start >= self._config.steps:  # a crash between the last step and the stage's end
+            self._values = self._validate()
+        self.save(self._config.steps)
+        if self._average:
+            self._average.apply()
+        self._trainee.module.eval()
+        return self._values
 
 
 class _Meter:
-    """Means of reported tensors since the last `take`; NaN, no data for it in this batch, is left out."""
+    """Means of reported tensors since the last `take`, over all processes; NaN, a batch without data, is left out."""
 
     def __init__(self) -> None:
         self._sums: dict[str, torch.Tensor] = {}
@@ -169,8 +204,8 @@ class _Meter:
         self._since = time.monotonic()
         self._steps = 0
 
-    def add(self, report: Mapping[str, torch.Tensor]) -> None:
-        for name, value in report.items():
+    def add(self, reports: Sequence[Mapping[str, torch.Tensor]], grad_norm: torch.Tensor) -> None:
+        for name, value in [*(pair for report in reports for pair in report.items()), ("grad_norm", grad_norm)]:
             value = value.detach().double()
             if torch.isnan(value):  # a figure that this batch had no data for
                 continue
@@ -179,29 +214,12 @@ class _Meter:
         self._steps += 1
 
     def take(self) -> dict[str, float]:
-        means = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        elapsed = time.monotonic() - self._since
-        means["step_s"] = elapsed / max(1, self._steps)
+        sums = {name: float(total) for name, total in self._sums.items()}
+        figures = processes.gathered((sums, self._counts))
+        means = processes.mean_of(figures)
+        means["step_s"] = (time.monotonic() - self._since) / max(1, self._steps)
         if "tokens" in means:
-            means["tokens_per_s"] = means["tokens"] / means["step_s"]
+            tokens = sum(process_sums.get("tokens", 0.0) for process_sums, _ in figures)
+            means["tokens_per_s"] = tokens / max(1, self._steps) / means["step_s"]
         self._sums, self._counts, self._steps, self._since = {}, {}, 0, time.monotonic()
         return means
-
-
-def _require_finite(step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-    if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
-        raise TrainingError(
-            f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; stopped before the update. "
-            "The last checkpoint is good: lower the learning rate, or look at the data of this step"
-        )
-
-
-def _accelerator(config: LoopConfig) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("training runs in one process for now: start it without torchrun or accelerate launch")
-    # accelerate keeps one global state per process; stages that run after one another differ in precision
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(cpu=config.device == "cpu", mixed_precision="bf16" if config.precision == "bf16" else "no")

@@ -33,7 +33,7 @@ class MetricsLog:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One line for `step`."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **{k: _short(v) for k, v in values.items()}}) + "\n")
+            file.write(json.dumps({"step": step, **{k: rounded(v) for k, v in values.items()}}) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -52,9 +52,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Progress:
     """A bar on a terminal; elsewhere a line in the log every half minute."""
 
-    def __init__(self, title: str, total: int, *, start: int = 0) -> None:
-        self._title, self._total, self._done = title, total, start
-        self._bar = tqdm(total=total, initial=start, desc=title, disable=not sys.stderr.isatty(), dynamic_ncols=True)
+    def __init__(self, title: str, total: int, *, start: int = 0, shown: bool = True) -> None:
+        self._title, self._total, self._done, self._shown = title, total, start, shown
+        hidden = not (shown and sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=start, desc=title, disable=hidden, dynamic_ncols=True)
         self._last_line = time.monotonic()
 
     def advance(self, values: Mapping[str, float] | None = None, *, count: int = 1) -> None:
@@ -62,10 +63,10 @@ class Progress:
         self._done += count
         self._bar.update(count)
         if values:
-            self._bar.set_postfix({key: _short(value) for key, value in values.items()})
-        if self._bar.disable and time.monotonic() - self._last_line > _LOG_EVERY_S:
+            self._bar.set_postfix({key: rounded(value) for key, value in values.items()})
+        if self._shown and self._bar.disable and time.monotonic() - self._last_line > _LOG_EVERY_S:
             self._last_line = time.monotonic()
-            shown = " ".join(f"{key}={_short(value)}" for key, value in (values or {}).items())
+            shown = " ".join(f"{key}={rounded(value)}" for key, value in (values or {}).items())
             logger.info("%s %d/%d %s", self._title, self._done, self._total, shown)
 
     def close(self) -> None:
@@ -73,5 +74,6 @@ class Progress:
         self._bar.close()
 
 
-def _short(value: float) -> float:
+def rounded(value: float) -> float:
+    """Five digits, as lines and bars show a figure."""
     return float(f"{value:.5g}")

@@ -322,7 +322,8 @@ def test_every_syscall_of_a_save_may_fail_and_nothing_is_lost(tmp_path: Path, mo
         if calls < fail_at:
             break
         assert is_published(tmp_path / "step-00000001")
-        assert checkpoint.restore(tmp_path, Toy(), make_optimizer(Toy(), OptimizerConfig())) is not None
+        other = Toy()
+        assert checkpoint.restore(tmp_path, other, make_optimizer(other, OptimizerConfig())) is not None
     assert fail_at > 5, "the save makes several such calls, and each one failed once"
     assert is_published(tmp_path / "step-00000002")
     assert not list(tmp_path.glob(".tmp-*"))
