@@ -84,13 +84,12 @@ def _programs() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
-    from anygen.model.attention import find_xformers
+    from anygen.model.attention_kernels import resolve
 
     if not torch.cuda.is_available():
         yield Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads; attention by torch SDPA")
         return
-    room = "xformers" if find_xformers() is not None else "torch SDPA"
-    yield Finding("device", "ok", f"{torch.cuda.get_device_name()}; attention by {room}")
+    yield Finding("device", "ok", f"{torch.cuda.get_device_name()}; attention by {resolve()}")
 
 
 def _disk() -> Iterator[Finding]:

@@ -1,102 +1,30 @@
 """Attention over packed segments: one door, two rooms.
 
-`attend` is causal inside each segment and blind between segments. Its rooms are xformers (block-diagonal causal, on
-CUDA; this is the only file that imports it) and torch SDPA (everywhere; the specification). Both work behind
+`attend` is causal inside each segment and blind between segments. Its rooms are one packed kernel (on CUDA, for heads
+that it takes: `attention_kernels` says which it is) and torch SDPA (everywhere; the specification). Both work behind
 `transformers.AttentionInterface`, so the model is transformers' own.
 
 SDPA sees segments of similar length together, padded at their end: causality hides the padding, so the result is that
-of one call per segment. On a CPU in training its plain formula is used, whose backward is twice as fast as the
-blocked kernel's on segments of a few hundred ids.
+of one call per segment. On a CPU in training the plain formula stands in for it, forward and backward.
 
 Dimension key: T packed ids, H query heads, G key/value heads, D head width, n segments of a group, L their padded
-length.
+length; b and M as `_Plain` says.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import logging
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from anygen.model import attention_kernels
+from anygen.model.packed_attention import packed_attention
+from anygen.model.segments import Segments as Segments
 from tokenizers_mm import compat  # noqa: F401  before transformers
 
-logger = logging.getLogger("anygen")
 NAME = "anygen"
-_BUCKET = 32
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Segments whose lengths round up to the same padded length."""
-
-    num_segments: int
-    padded_length: int
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Lengths of the packed segments, and the index maps of the SDPA room, made once a batch.
-
-    >>> segments = Segments((2, 3), torch.device("cpu"))
-    >>> segments.gather.view(2, -1)[:, :4].tolist()  # padding repeats a segment's own last id
-    [[0, 1, 1, 1], [2, 3, 4, 4]]
-    >>> segments.scatter.tolist()
-    [0, 1, 32, 33, 34]
-    """
-
-    lengths: tuple[int, ...]
-    device: torch.device
-
-    @cached_property
-    def groups(self) -> list[_Group]:
-        """Groups in the order of `gather`."""
-        counts: dict[int, int] = {}
-        for length in sorted(self.lengths):
-            padded = _padded(length)
-            counts[padded] = counts.get(padded, 0) + 1
-        return [_Group(count, padded) for padded, count in counts.items()]
-
-    @cached_property
-    def gather(self) -> Tensor:
-        """For every place of every padded segment, the packed id it reads."""
-        return self._maps[0]
-
-    @cached_property
-    def scatter(self) -> Tensor:
-        """For every packed id, its place in the padded segments."""
-        return self._maps[1]
-
-    @cached_property
-    def is_real(self) -> Tensor:
-        """False for places that are padding; as long as `gather`."""
-        return self._maps[2]
-
-    @cached_property
-    def _maps(self) -> tuple[Tensor, Tensor, Tensor]:
-        lengths = torch.tensor(self.lengths)
-        starts = lengths.cumsum(0) - lengths
-        gather, is_real = [], []
-        for index in torch.argsort(lengths, stable=True).tolist():
-            length = self.lengths[index]
-            place = torch.arange(_padded(length))
-            gather.append(starts[index] + place.clamp(max=length - 1))
-            is_real.append(place < length)
-        gather_P, is_real_P = torch.cat(gather), torch.cat(is_real)
-        scatter_T = torch.empty(int(lengths.sum()), dtype=torch.long)
-        scatter_T[gather_P[is_real_P]] = torch.arange(len(gather_P))[is_real_P]
-        return gather_P.to(self.device), scatter_T.to(self.device), is_real_P.to(self.device)
-
-
-def _padded(length: int) -> int:
-    return -(-length // _BUCKET) * _BUCKET
 
 
 def attend(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, *, scale: float | None = None) -> Tensor:
@@ -109,9 +37,26 @@ def attend(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, *, s
         segments: lengths that sum to T.
         scale: of the scores; None is D ** -0.5.
     """
-    if q_THD.is_cuda and find_xformers() is not None:
-        return attend_xformers(q_THD, k_TGD, v_TGD, segments, scale=scale)
-    return attend_sdpa(q_THD, k_TGD, v_TGD, segments, scale=scale)
+    room = attend_packed if has_kernel(v_TGD.device.type, v_TGD.dtype, v_TGD.shape[-1]) else attend_sdpa
+    return room(q_THD, k_TGD, v_TGD, segments, scale=scale)
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(device_type: str, dtype: torch.dtype, width: int) -> bool:
+    """True where `attend` has a packed kernel for heads like these."""
+    if device_type != "cuda" or not attention_kernels.fits(dtype, width):
+        return False
+    return attention_kernels.resolve().kernel is not None
+
+
+def attend_packed(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, *, scale: float | None = None
+) -> Tensor:
+    """The packed room: one kernel call, one node of a compiled graph. Without CUDA it is slow, and the same."""
+    # under autocast QK-norm gives fp32 queries and keys beside bf16 values; the kernels want one type
+    q_THD, k_TGD = q_THD.to(v_TGD.dtype), k_TGD.to(v_TGD.dtype)
+    scale = q_THD.shape[-1] ** -0.5 if scale is None else scale
+    return packed_attention(q_THD, k_TGD, v_TGD, segments.offsets_N, segments.max_length, scale)[0]
 
 
 @torch.compiler.disable
@@ -121,22 +66,63 @@ def attend_sdpa(
     """The SDPA room, and the specification of `attend`."""
     num_ids, num_heads, width = q_THD.shape
     num_kv = k_TGD.shape[1]
-    packed = torch.cat([q_THD, k_TGD, v_TGD], dim=1).reshape(num_ids, -1)
+    if not num_ids:
+        return q_THD * (k_TGD.sum() + v_TGD.sum())  # nothing, and a way back to all three for gradients
+    packed = torch.cat([q_THD.to(v_TGD.dtype), k_TGD.to(v_TGD.dtype), v_TGD], dim=1).reshape(num_ids, -1)
     padded = _Gather.apply(packed, segments.gather, segments.scatter)
-    plain = q_THD.device.type == "cpu" and q_THD.requires_grad
+    scale = width**-0.5 if scale is None else scale
     mixed, at = [], 0
-    with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
-        for group in segments.groups:
-            count, length = group.num_segments, group.padded_length
-            rows = padded[at : at + count * length].view(count, length, -1, width).transpose(1, 2)
-            at += count * length
-            q_nHLD, k_nGLD, v_nGLD = rows.split([num_heads, num_kv, num_kv], dim=1)
+    for group in segments.groups:
+        count, length = group.num_segments, group.padded_length
+        rows = padded[at : at + count * length].view(count, length, -1, width).transpose(1, 2)
+        at += count * length
+        q_nHLD, k_nGLD, v_nGLD = rows.split([num_heads, num_kv, num_kv], dim=1)
+        if padded.device.type == "cpu" and padded.requires_grad:
+            o_nHLD = _Plain.apply(q_nHLD, k_nGLD, v_nGLD, scale)
+        else:
             o_nHLD = F.scaled_dot_product_attention(
                 q_nHLD, k_nGLD, v_nGLD, is_causal=True, scale=scale, enable_gqa=True
             )
-            mixed.append(o_nHLD.transpose(1, 2).reshape(count * length, -1))
+        mixed.append(o_nHLD.transpose(1, 2).reshape(count * length, -1))
     out: Tensor = _Scatter.apply(torch.cat(mixed), segments.gather, segments.scatter, segments.is_real)
     return out.view(num_ids, num_heads, width)
+
+
+class _Plain(torch.autograd.Function):
+    """Causal attention by its formula, which for segments of a few hundred ids is what a CPU does fastest.
+
+    Heads that share keys stand under one another (M = H / G x L rows for each of b = n x G), so that nothing is
+    expanded. Scores and softmax are fp32 or wider; the probabilities are kept in the type of the values.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q_nHLD: Tensor, k_nGLD: Tensor, v_nGLD: Tensor, scale: float) -> Tensor:
+        length, width = q_nHLD.shape[2:]
+        k_bLD, v_bLD = k_nGLD.reshape(-1, length, width), v_nGLD.reshape(-1, length, width)
+        q_bMD = q_nHLD.reshape(len(k_bLD), -1, width)
+        wide = torch.promote_types(q_nHLD.dtype, torch.float32)
+        with torch.autocast(q_nHLD.device.type, enabled=False):
+            later_LL = torch.full((length, length), -torch.inf, dtype=wide).triu_(1)
+            later_ML = later_LL.repeat(q_bMD.shape[1] // length, 1)
+            scores_bML = torch.baddbmm(later_ML, q_bMD.to(wide), k_bLD.to(wide).mT, alpha=scale)
+            p_bML = scores_bML.softmax(-1).to(q_nHLD.dtype)
+            out_bMD = p_bML @ v_bLD
+        ctx.save_for_backward(q_bMD, k_bLD, v_bLD, p_bML)
+        ctx.scale, ctx.shapes = scale, (q_nHLD.shape, k_nGLD.shape)
+        return out_bMD.view(q_nHLD.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient_nHLD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        q_bMD, k_bLD, v_bLD, p_bML = ctx.saved_tensors
+        q_shape, k_shape = ctx.shapes
+        with torch.autocast(q_bMD.device.type, enabled=False):
+            d_bMD = gradient_nHLD.reshape(q_bMD.shape)
+            ds_bML = torch._softmax_backward_data(d_bMD @ v_bLD.mT, p_bML, -1, p_bML.dtype)
+            dq_bMD = (ds_bML @ k_bLD).mul_(ctx.scale)
+            dk_bLD = (ds_bML.mT @ q_bMD).mul_(ctx.scale)
+            dv_bLD = p_bML.mT @ d_bMD
+        return dq_bMD.view(q_shape), dk_bLD.view(k_shape), dv_bLD.view(k_shape), None
 
 
 class _Gather(torch.autograd.Function):
@@ -165,38 +151,6 @@ class _Scatter(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         gather, is_real = ctx.saved_tensors
         return gradient.index_select(0, gather) * is_real[:, None].to(gradient.dtype), None, None, None
-
-
-def attend_xformers(
-    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, segments: Segments, *, scale: float | None = None
-) -> Tensor:
-    """The xformers room: one block-diagonal causal call."""
-    ops = find_xformers()
-    assert ops is not None
-    # under autocast QK-norm gives fp32 queries and keys beside bf16 values; the kernels want one type
-    q_THD, k_TGD = q_THD.to(v_TGD.dtype), k_TGD.to(v_TGD.dtype)
-    repeats = q_THD.shape[1] // k_TGD.shape[1]
-    # Grouped (5-D) inputs are forward only in every xformers kernel: expand the keys and values.
-    k_THD, v_THD = (x.repeat_interleave(repeats, dim=1) for x in (k_TGD, v_TGD))
-    bias = block_diagonal_bias(segments.lengths)
-    out: Tensor = ops.memory_efficient_attention(q_THD[None], k_THD[None], v_THD[None], attn_bias=bias, scale=scale)
-    return out[0]
-
-
-def block_diagonal_bias(lengths: tuple[int, ...]) -> Any:
-    """Xformers' own description of our mask; its `materialize()` is the oracle of the tests."""
-    fmha = importlib.import_module("xformers.ops.fmha.attn_bias")
-    return fmha.BlockDiagonalCausalMask.from_seqlens(list(lengths))
-
-
-@lru_cache(maxsize=1)
-def find_xformers() -> Any | None:
-    """`xformers.ops` where it imports, else None; says once that the SDPA room is used instead."""
-    try:
-        return importlib.import_module("xformers.ops")
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        logger.warning("xformers is not usable (%s): attention runs on torch SDPA, with the same results", error)
-        return None
 
 
 def _from_transformers(

@@ -18,7 +18,7 @@ from anygen.seeding import borrowed_randomness
 from anygen.vocabulary import Vocabulary
 from tokenizers_mm import compat  # noqa: F401  before transformers
 
-Size = Literal["smoke", "nano", "tiny", "small", "base"]
+Size = Literal["smoke", "nano", "tiny", "small", "base", "large"]
 
 # width, layers, query heads, key/value heads, head width, MLP width
 _SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -27,6 +27,7 @@ _SIZES: dict[str, tuple[int, int, int, int, int, int]] = {
     "tiny": (512, 8, 8, 2, 64, 1408),
     "small": (768, 12, 12, 4, 64, 2048),
     "base": (1024, 24, 16, 8, 64, 3072),
+    "large": (2048, 20, 16, 8, 128, 5632),
 }
 
 

@@ -1,24 +1,22 @@
 """Next-token loss over a packed batch, weighted and reported by modality, with z-loss.
 
-Dimension key: T packed ids, P positions that predict something, C those of one chunk, D width, V vocabulary,
-R its ranges.
+Dimension key: T packed ids, P positions that predict something, D width, V vocabulary, R its ranges.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from anygen.model.attention import Segments
+from anygen.model.cost import TrainingCost
+from anygen.model.cross_entropy import Slice, cross_entropy
+from anygen.model.segments import Segments
 from anygen.packing import PackedBatch
 from anygen.vocabulary import Vocabulary
-
-_CHUNK = 4096
-"""Positions whose logits exist at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +30,19 @@ class TensorBatch:
     target_T: Tensor
     """True where the label is part of an answer, not of an input."""
     segments: Segments
+    normaliser: Tensor | None = None
+    """0-d: what the weighted sum is divided by; None is the sum of the batch's own weights."""
+    num_padding: int = 0
+    """Ids among the T that are padding."""
+
+    @property
+    def total_weight(self) -> Tensor:
+        """What the weighted sum is divided by where no `normaliser` is given."""
+        return self.weights_T.sum()
+
+    def divided_by(self, normaliser: Tensor) -> TensorBatch:
+        """The batch with another normaliser: with a common one the losses of parts add up to that of the whole."""
+        return replace(self, normaliser=normaliser)
 
     def to(self, device: torch.device) -> TensorBatch:
         """The batch on another device."""
@@ -42,6 +53,8 @@ class TensorBatch:
             self.weights_T.to(device),
             self.target_T.to(device),
             Segments(self.segments.lengths, device),
+            None if self.normaliser is None else self.normaliser.to(device),
+            self.num_padding,
         )
 
 
@@ -73,6 +86,7 @@ class LossWeights:
             weights_T,
             torch.from_numpy(packed.target_T),
             Segments(packed.lengths, torch.device("cpu")),
+            num_padding=packed.num_padding,
         )
 
 
@@ -83,18 +97,26 @@ class NextTokenLoss(nn.Module):
 
     The z-loss (PaLM, arXiv 2204.02311) is over the same positions as the labels: shifted with them.
 
+    With `sliced_softmax` the softmax of a code (of a picture, a sound or a box) runs over its own range of ids: there
+    the grammar of sampling allows nothing else, so p is what is sampled from. All other ids, among them the numbers and
+    end tokens of media blocks, keep the softmax over the vocabulary. Nats of the two kinds do not compare.
+
     Args:
         model: a `Qwen3ForCausalLM` with our attention.
-        vocabulary: for the report by modality.
+        vocabulary: for the report by modality, and the slices.
         z_loss: z.
+        sliced_softmax: as above.
     """
 
-    def __init__(self, model: Any, vocabulary: Vocabulary, *, z_loss: float) -> None:
+    def __init__(self, model: Any, vocabulary: Vocabulary, *, z_loss: float, sliced_softmax: bool = False) -> None:
         super().__init__()
         self.model = model
         self._z_loss = z_loss
         groups = list(dict.fromkeys(r.group for r in vocabulary.ranges))
         self._groups = groups
+        self._cost = TrainingCost.of_config(model.config)
+        codes = set(vocabulary.modalities) - {"text"}
+        self._own_slices = [r for r in vocabulary.ranges if r.group in codes] if sliced_softmax else []
         stops = torch.tensor([r.stop for r in vocabulary.ranges])
         group_of_range = torch.tensor([groups.index(r.group) for r in vocabulary.ranges])
         self._stops_R: Tensor
@@ -103,25 +125,39 @@ class NextTokenLoss(nn.Module):
         self.register_buffer("_group_R", group_of_range, persistent=False)
 
     def forward(self, batch: TensorBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and what to report: nats per target id of each modality, and ids per step."""
+        """The loss, and what to report: nats per target id of each modality, size of the hidden states, rows."""
         hidden_TD = self.model.model(
             input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], segments=batch.segments, use_cache=False
         ).last_hidden_state[0]
         predicts = batch.weights_T > 0
-        hidden_PD, labels_P, weights_P = hidden_TD[predicts], batch.labels_T[predicts], batch.weights_T[predicts]
-        nll, z = [], []
-        for hidden_CD, labels_C in zip(hidden_PD.split(_CHUNK), labels_P.split(_CHUNK), strict=True):
-            logits_CV = self.model.lm_head(hidden_CD).float()
-            log_z_C = logits_CV.logsumexp(-1)
-            nll.append(log_z_C - logits_CV.gather(1, labels_C[:, None])[:, 0])
-            z.append(log_z_C.square())
-        nll_P, z_P = torch.cat(nll), torch.cat(z)
-        loss = (weights_P * (nll_P + self._z_loss * z_P)).sum() / weights_P.sum().clamp_min(1e-8)
+        labels_P, weights_P = batch.labels_T[predicts], batch.weights_T[predicts]
+        normaliser = weights_P.sum() if batch.normaliser is None else batch.normaliser
+        result = cross_entropy(
+            hidden_TD[predicts],
+            self.model.lm_head.weight,
+            labels_P,
+            weights_P / normaliser.clamp_min(1e-8),
+            z_loss=self._z_loss,
+            slices=self._slices(labels_P),
+        )
         target_P = batch.target_T[predicts]
-        report = self._by_modality(nll_P.detach()[target_P], labels_P[target_P])
+        report = self._by_modality(result.nll_P[target_P], labels_P[target_P])
         report["hidden_norm"] = hidden_TD.detach().float().square().mean().sqrt()
+        report["flops"] = torch.tensor(self._cost.of(batch.segments.lengths, num_predicted=len(labels_P)))
         report["tokens"] = torch.tensor(float(len(batch.ids_T)))
-        return loss, report
+        report["utilisation"] = torch.tensor(1 - batch.num_padding / max(1, len(batch.ids_T)))
+        return result.loss, report
+
+    def _slices(self, labels_P: Tensor) -> list[Slice] | None:
+        if not self._own_slices:
+            return None
+        elsewhere_P = torch.ones_like(labels_P, dtype=torch.bool)
+        slices = []
+        for r in self._own_slices:
+            inside_P = (labels_P >= r.start) & (labels_P < r.stop)
+            elsewhere_P &= ~inside_P
+            slices.append(Slice(inside_P.nonzero()[:, 0], r.start, r.stop))
+        return [*slices, Slice(elsewhere_P.nonzero()[:, 0], 0, len(self.model.lm_head.weight))]
 
     def _by_modality(self, nll_P: Tensor, labels_P: Tensor) -> dict[str, Tensor]:
         group_P = self._group_R[

@@ -24,8 +24,10 @@ from anygen.training import processes
 from anygen.training.averaging import WeightAverage
 from anygen.training.engine import Engine
 from anygen.training.interrupts import StopRequest
-from anygen.training.metrics import MetricsLog, Progress
+from anygen.training.metrics import MetricsLog, Progress, read_metrics
+from anygen.training.monitors import Monitors, peak_tflops_of
 from anygen.training.schedule import OptimizerConfig, learning_rate
+from anygen.training.trackers import TrackerName, Trackers
 
 CHECKPOINTS = "checkpoints"
 _STOPPED = (
@@ -51,6 +53,12 @@ class LoopConfig(Config):
     save_every: int = Field(200, ge=1)
     ema_decay: float = Field(0.0, ge=0, lt=1, exclude_if=lambda decay: decay == 0)
     """Validate and return a running mean of the weights, 0.99 for one over a hundred steps; 0 for the last weights."""
+    norm_alarm: float = Field(3.0, gt=1, exclude_if=lambda growth: growth == 3)
+    """Growth of the output norm over its level after warm-up that is worth a warning (`anygen.training.monitors`)."""
+    peak_tflops: float | None = Field(None, gt=0, exclude=True)
+    """Of one device in bf16, for `mfu` in the log; by the GPU's name where not given."""
+    trackers: tuple[TrackerName, ...] = Field((), exclude=True)
+    """Where the log goes beside `metrics.jsonl`: tensorboard, wandb, trackio."""
     compile: bool = False
     """torch.compile of the trainee's repeated blocks: about 1.4x faster after half a minute of compiling."""
 
@@ -110,7 +118,7 @@ def train(trainee: Trainee, config: LoopConfig, folder: Path, *, title: str) -> 
     if config.compile:
         trainee.compile()
     run = _Run(trainee, config, folder, title)
-    with contextlib.closing(run.engine), StopRequest() as stop, borrowed_randomness():
+    with contextlib.closing(run), StopRequest() as stop, borrowed_randomness():
         for step in range(run.start, config.steps):
             run.step(step)
             stop.agree(run.engine.device)
@@ -134,6 +142,14 @@ class _Run:
                 self._average.load(restored.averages)
         is_first = processes.rank() == 0
         self._log = MetricsLog(folder, resume_step=self.start) if is_first else None
+        self._trackers = Trackers(config.trackers if is_first else (), folder, config=config.model_dump(mode="json"))
+        self._monitors = Monitors(
+            read_metrics(self._log.path) if self._log else (),
+            warmup_steps=config.optimizer.warmup_steps,
+            norm_alarm=config.norm_alarm,
+            peak_tflops=config.peak_tflops or peak_tflops_of(self.engine.device),
+            num_devices=processes.count(),
+        )
         self._progress = Progress(title, config.steps, start=self.start, shown=is_first)
         self._meter = _Meter()
         self._values: dict[str, float] = {}
@@ -167,7 +183,9 @@ class _Run:
             if validates:
                 self._values |= self._validate()
             if self._log:
+                self._values = self._monitors.update(step, self._values)
                 self._log.write(step, self._values)
+                self._trackers.log(step, self._values)
         self._progress.advance({k: self._values[k] for k in ("loss", "lr") if k in self._values})
 
     def _validate(self) -> dict[str, float]:
@@ -193,6 +211,10 @@ class _Run:
             self._average.apply()
         self._trainee.module.eval()
         return self._values
+
+    def close(self) -> None:
+        self._trackers.close()
+        self.engine.close()
 
 
 class _Meter:
