@@ -11,6 +11,7 @@ Dimension key: S ids of one sequence, T ids of one packed row.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from anygen.errors import ConfigError, DataError
+from anygen.errors import CheckpointError, ConfigError, DataError
 from anygen.sequence import Sequence
 from tokenizers_mm.codes import IntArray
 
@@ -105,16 +106,56 @@ def collate(rows: list[list[Sequence]], row_length: int, *, pad_id: int) -> Pack
     )
 
 
+def join(batches: list[PackedBatch]) -> PackedBatch:
+    """Batches one after another, as one."""
+    return PackedBatch(
+        np.concatenate([b.ids_T for b in batches]),
+        np.concatenate([b.positions_T for b in batches]),
+        np.concatenate([b.labels_T for b in batches]),
+        np.concatenate([b.predicts_T for b in batches]),
+        np.concatenate([b.target_T for b in batches]),
+        tuple(length for b in batches for length in b.lengths),
+        sum(b.num_padding for b in batches),
+    )
+
+
 def unpack(batch: PackedBatch, values_T: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
     """Per-id values of a packed batch, cut back into its sequences (padding included, as the last of a row)."""
     return np.split(values_T, np.cumsum(batch.lengths)[:-1])
 
 
+def check_state(state: Any, *, start: int, stride: int) -> tuple[int, list[tuple[int, int]]]:
+    """Next example and waiting (example, piece) keys of a packer's state, where it can be one.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+
+    def is_example(number: Any) -> bool:
+        return type(number) is int and number >= start and (number - start) % stride == 0
+
+    if not isinstance(state, dict) or state.keys() != {"next_example", "waiting"}:
+        raise CheckpointError("the state of the data is not one of a packer: expected next_example and waiting")
+    following, waiting = state["next_example"], state["waiting"]
+    pairs = isinstance(waiting, list) and all(isinstance(key, list | tuple) and len(key) == 2 for key in waiting)
+    keys = [(number, piece) for number, piece in waiting] if pairs else []
+    good = is_example(following) and all(
+        is_example(number) and number < following and type(piece) is int and piece >= 0 for number, piece in keys
+    )
+    if not (pairs and good and all(a < b for a, b in itertools.pairwise(keys))):
+        raise CheckpointError(
+            f"the state of the data was altered or is of another stream: examples {start}, {start + stride}, ... "
+            f"cannot have next_example {following!r} with these waiting"
+        )
+    return following, keys
+
+
 class Packer:
-    """An endless stream of packed batches over examples 0, 1, 2, ...
+    """An endless stream of packed batches over examples start, start + stride, start + 2 stride, ...
 
     The stream is a pure function of its arguments: its state is the number of the next example and the numbers of
-    those that wait in the pool, so a resumed stream continues exactly.
+    those that wait in the pool, so a resumed stream continues exactly. Several packers with the starts
+    0 ... stride - 1 share the examples out among them: the lanes of `anygen.data.loader`.
 
     Args:
         example: example number to sequence; pure.
@@ -122,10 +163,20 @@ class Packer:
         num_rows: rows per batch.
         pool_size: how many sequences to look ahead.
         pad_id: what fills the rest of a row.
+        start: the first example.
+        stride: from one example to the next.
     """
 
     def __init__(
-        self, example: Callable[[int], Sequence], *, row_length: int, num_rows: int, pool_size: int, pad_id: int
+        self,
+        example: Callable[[int], Sequence],
+        *,
+        row_length: int,
+        num_rows: int,
+        pool_size: int,
+        pad_id: int,
+        start: int = 0,
+        stride: int = 1,
     ) -> None:
         if min(row_length, num_rows, pool_size) < 1:
             raise ConfigError(
@@ -133,7 +184,8 @@ class Packer:
             )
         self._example = example
         self._row_length, self._num_rows, self._pool_size, self._pad_id = row_length, num_rows, pool_size, pad_id
-        self._next = 0
+        self._start, self._stride = start, stride
+        self._next = start
         self._pool: dict[tuple[int, int], Sequence] = {}  # (example, piece) -> sequence, oldest first
         self._by_length: list[tuple[int, tuple[int, int]]] = []
 
@@ -142,15 +194,22 @@ class Packer:
         return {"next_example": self._next, "waiting": [list(key) for key in self._pool]}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned.
+
+        Raises:
+            CheckpointError: it was altered, or is of another stream.
+        """
+        following, waiting = check_state(state, start=self._start, stride=self._stride)
         self._pool.clear()
         self._by_length.clear()
         pieces: dict[int, list[Sequence]] = {}
-        for number, piece in state["waiting"]:
+        for number, piece in waiting:
             if number not in pieces:
                 pieces[number] = split_long(self._example(number), self._row_length)
+            if piece >= len(pieces[number]):
+                raise CheckpointError(f"the state of the data says that piece {piece} of example {number} waits: none")
             self._put((number, piece), pieces[number][piece])
-        self._next = int(state["next_example"])
+        self._next = following
 
     def __iter__(self) -> Iterator[PackedBatch]:
         while True:
@@ -174,7 +233,7 @@ class Packer:
         while len(self._pool) < self._pool_size:
             for piece, sequence in enumerate(split_long(self._example(self._next), self._row_length)):
                 self._put((self._next, piece), sequence)
-            self._next += 1
+            self._next += self._stride
         row = [self._take(next(iter(self._pool)))]
         room = self._row_length - len(row[0])
         while (length := self._longest_within(room)) is not None:

@@ -18,9 +18,10 @@ def recipes_folder() -> Path:
 
 
 def list_recipes() -> list[str]:
-    """Names such as `nano/pretrain.yaml`, sorted."""
+    """Names such as `nano/pretrain.yaml`, sorted; the launcher's configurations in `accelerate/` are no recipes."""
     folder = recipes_folder()
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.yaml"))
+    recipes = (path for path in folder.rglob("*.yaml") if path.parent.name != "accelerate")
+    return sorted(path.relative_to(folder).as_posix() for path in recipes)
 
 
 def find_recipe(name: str) -> Path:

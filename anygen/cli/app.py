@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from anygen._version import __version__
-from anygen.cli import measuring, recipes, sampling, training
+from anygen.cli import benching, exporting, measuring, recipes, sampling, training
 from tokenizers_mm.errors import AnyGenError
 
 app = typer.Typer(
@@ -28,14 +28,17 @@ for _command in (
     sampling.generate,
     training.train,
     training.run,
+    exporting.export,
     sampling.gallery,
     measuring.evaluate,
     sampling.tokenize,
+    measuring.plot,
     measuring.inspect,
     measuring.doctor,
 ):
     app.command()(_command)
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(benching.app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Commands that look: `evaluate`, `inspect`, `doctor`."""
+"""Commands that look: `evaluate`, `plot`, `inspect`, `doctor`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,19 @@ def evaluate(
         for group, score in groups.items():
             interval = f"[{100 * score.low:5.1f}, {100 * score.high:5.1f}]"
             print(f"{name:12} {group:14} {FIGURES[name]:15} {100 * score.value:5.1f} %  {interval}  n={score.count}")
+
+
+def plot(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, the folder of a stage, or a metrics.jsonl.")],
+    out: Annotated[Path, typer.Option(help="Picture: .png, .svg or .pdf; one for each stage.")] = Path(
+        "out/curves.png"
+    ),
+    compare: Annotated[Path | None, typer.Option(metavar="RUN2", help="Another run, drawn dashed.")] = None,
+) -> None:
+    """Draw the curves of a run: losses, norms, learning rate, speed, use of codes."""
+    from anygen.plotting.run import plot_run
+
+    print(*plot_run(run, out, compare=compare), sep="\n")
 
 
 def inspect(path: Path, as_json: JsonOption = False) -> None:

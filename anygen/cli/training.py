@@ -18,14 +18,18 @@ def train(
 ) -> None:
     """Run one stage: anygen train RECIPE.yaml key.sub=value ..."""
     from anygen.stages.run import load_recipe, run_stage
+    from anygen.training import processes
 
     config = load_recipe(recipe, overrides or (), root=root, default_root=Path("runs") / recipe.resolve().parent.name)
     if dry_run:
         from anygen.stages.dry_run import weigh
 
-        print_facts(weigh(config))
+        print_facts(weigh(config, recipe))
         return
-    _print_result(run_stage(config))
+    result = run_stage(config)
+    if processes.rank() == 0:
+        _print_result(result)
+    processes.leave()
 
 
 def run(folder: Path, overrides: OverridesArgument = None, root: RootOption = None) -> None:

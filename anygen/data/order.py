@@ -1,13 +1,14 @@
 """Orders without memory: which example comes n-th is a pure function of (seed, n).
 
-`Permutation` shuffles 0 ... size - 1 by a small Feistel network with cycle walking; `Mixture` deals examples out to
-weighted kinds in exact proportion, and within a kind walks through all items before any comes again.
+`Permutation` shuffles 0 ... size - 1 by a small Feistel network with cycle walking; `ShardwiseOrder` does it so that a
+few shards at a time are visited; `Mixture` deals examples out to weighted kinds in exact proportion, and within a kind
+walks through all items before any comes again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -56,6 +57,37 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
+class ShardwiseOrder:
+    """A shuffle that visits few shards at a time: the shards are shuffled, and the items of each block of them.
+
+    Args:
+        counts: items of each shard; items are numbered shard by shard.
+        block: shards that are visited together.
+        seed: of the order.
+
+    >>> order = ShardwiseOrder([2, 3, 1], block=1, seed=0)
+    >>> [order(place) for place in range(6)]
+    [5, 2, 3, 4, 0, 1]
+    """
+
+    def __init__(self, counts: Sequence[int], *, block: int, seed: int) -> None:
+        shuffle = Permutation(len(counts), seed)
+        self._order = np.array([shuffle(place) for place in range(len(counts))])
+        self._firsts = np.cumsum([0, *counts])
+        self._ends = np.cumsum(np.asarray(counts)[self._order])  # of each shard, in the order of visits
+        self._block, self._seed = block, seed
+
+    def __call__(self, index: int) -> int:
+        """Where `index` goes."""
+        begin = int(np.searchsorted(self._ends, index, side="right")) // self._block * self._block
+        start = int(self._ends[begin - 1]) if begin else 0
+        stop = int(self._ends[min(begin + self._block, len(self._ends)) - 1])
+        place = start + Permutation(stop - start, self._seed + 1 + begin)(index - start)
+        visit = int(np.searchsorted(self._ends, place, side="right"))
+        before = int(self._ends[visit - 1]) if visit else 0
+        return int(self._firsts[self._order[visit]]) + place - before
+
+
 @dataclass(frozen=True)
 class Draw:
     """What the n-th example is made of."""
@@ -77,12 +109,22 @@ class Mixture:
         weights: kind to weight, any positive scale; kinds of weight 0 are left out.
         num_items: kind to number of items.
         seed: of the order.
+        shard_counts: kind to its items in each shard, to go through them shard by shard; see `ShardwiseOrder`.
+        block: shards that are visited together.
 
     Raises:
         ConfigError: no kind has weight, or one that has, has no items.
     """
 
-    def __init__(self, weights: Mapping[str, float], num_items: Mapping[str, int], *, seed: int) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        num_items: Mapping[str, int],
+        *,
+        seed: int,
+        shard_counts: Mapping[str, Sequence[int]] | None = None,
+        block: int = 1,
+    ) -> None:
         kinds = [kind for kind, weight in weights.items() if weight > 0]
         if not kinds or any(weight < 0 for weight in weights.values()):
             raise ConfigError(f"a mixture needs positive weights; got {dict(weights)}")
@@ -101,6 +143,8 @@ class Mixture:
         for index, count in enumerate(counts):
             self._rank[slots == index] = np.arange(count)
         self._num_items = {kind: num_items[kind] for kind in kinds}
+        self._shard_counts, self._block = shard_counts, block
+        self._orders: dict[tuple[str, int], ShardwiseOrder] = {}
 
     def __call__(self, number: int) -> Draw:
         """The draw of example `number`."""
@@ -110,5 +154,14 @@ class Mixture:
         ordinal = cycle * int(self._counts[index]) + int(self._rank[slot])
         epoch, place = divmod(ordinal, self._num_items[kind])
         seed = int.from_bytes(hashlib.sha256(f"{self._seed}|{kind}|{epoch}".encode()).digest()[:6], "big")
-        item = Permutation(self._num_items[kind], seed)(place)
+        item = self._order(kind, seed)(place)
         return Draw(kind, item, _mix(self._seed * 0x9E3779B97F4A7C15 + number + 1 & 0xFFFFFFFFFFFFFFFF) >> 1)
+
+    def _order(self, kind: str, seed: int) -> Callable[[int], int]:
+        if self._shard_counts is None:
+            return Permutation(self._num_items[kind], seed)
+        if (kind, seed) not in self._orders:
+            if len(self._orders) >= 2 * len(self._kinds):  # the epoch that a kind is in, and the one it looks ahead to
+                del self._orders[next(iter(self._orders))]
+            self._orders[kind, seed] = ShardwiseOrder(self._shard_counts[kind], block=self._block, seed=seed)
+        return self._orders[kind, seed]

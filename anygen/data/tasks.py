@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+import numpy as np
+
 from anygen.data.coded import CodedRecord, CodedStore
-from anygen.data.order import Mixture
+from anygen.data.order import Draw, Mixture
+from anygen.data.shard_index import Has
 from anygen.documents import Document, Segment, Tokenizers
 from anygen.errors import ConfigError
 from anygen.sequence import default_task
@@ -56,20 +59,16 @@ class Direction:
             )
         return cls(sides[0], sides[1], kind)  # type: ignore[arg-type]
 
-    def fits(self, record: CodedRecord) -> bool:
-        """True where the record has everything this direction needs."""
-        if self.kind and record.kind != self.kind:
-            return False
-        needs = {*self.inputs, *self.targets}
-        if self.special == "ask":
-            return record.picture is not None and bool(record.questions)
-        if self.special == "locate":
-            return record.picture is not None and bool(record.objects)
-        return (
-            ("image" not in needs or record.picture is not None)
-            and ("audio" not in needs or bool(record.utterances))
-            and ("text" not in needs or bool(record.captions) or "audio" in needs)
-        )
+    @property
+    def needs(self) -> Has:
+        """What a record must hold for this direction."""
+        if self.special:
+            return Has.PICTURE | (Has.QUESTIONS if self.special == "ask" else Has.OBJECTS)
+        modalities = {*self.inputs, *self.targets}
+        needs = Has.PICTURE if "image" in modalities else Has(0)
+        if "audio" in modalities:  # the text is what is said
+            return needs | Has.UTTERANCES
+        return needs | Has.CAPTIONS if "text" in modalities else needs
 
     def document(self, record: CodedRecord, generator: random.Random) -> Document:
         """One document of this direction, with the record's other choices (phrasing, voice) drawn from `generator`."""
@@ -116,6 +115,8 @@ class DocumentStream:
         drop_share: share of examples whose inputs are dropped (classifier-free guidance).
         free_share: share of examples without a task: what follows is for the model to decide (`output="any"`).
         seed: of every choice.
+        shards_per_block: shards that a direction goes through at a time; 0 shuffles all records.
+        lookahead: how many examples ahead the store is told what will be needed; 0 tells it nothing.
     """
 
     def __init__(
@@ -127,24 +128,36 @@ class DocumentStream:
         drop_share: float,
         free_share: float,
         seed: int,
+        shards_per_block: int = 0,
+        lookahead: int = 0,
     ) -> None:
         self._store, self._tokenizers = store, tokenizers
-        self._drop_share, self._free_share = drop_share, free_share
+        self._drop_share, self._free_share, self._lookahead = drop_share, free_share, lookahead
         self._directions = {text: Direction.parse(text) for text in weights}
-        records = list(store)
-        self._eligible = {
-            text: [index for index, record in enumerate(records) if direction.fits(record)]
-            for text, direction in self._directions.items()
-        }
-        self._mixture = Mixture(weights, {text: len(items) for text, items in self._eligible.items()}, seed=seed)
+        wanted = {text: (direction.kind, direction.needs) for text, direction in self._directions.items()}
+        found = {want: store.numbers(*want) for want in set(wanted.values())}  # directions that want the same share it
+        self._eligible = {text: found[want] for text, want in wanted.items()}
+        shards = {t: np.diff(np.searchsorted(items, store.starts)).tolist() for t, items in self._eligible.items()}
+        self._mixture = Mixture(
+            weights,
+            {text: len(items) for text, items in self._eligible.items()},
+            seed=seed,
+            shard_counts=shards if shards_per_block else None,
+            block=shards_per_block,
+        )
 
     def __call__(self, number: int) -> tuple[Document, bool]:
         """The encoded document, and whether its inputs are to be dropped."""
+        if self._lookahead:
+            self._store.prefetch(self._record_of(self._mixture(number + self._lookahead)))
         draw = self._mixture(number)
         generator = random.Random(draw.seed)
-        record = self._store[self._eligible[draw.kind][draw.item]]
+        record = self._store[self._record_of(draw)]
         document = self._directions[draw.kind].document(record, generator)
         dropped, free = generator.random() < self._drop_share, generator.random() < self._free_share
         if free:
             document = replace(document, task=None)
         return document.encode(self._tokenizers), dropped
+
+    def _record_of(self, draw: Draw) -> int:
+        return int(self._eligible[draw.kind][draw.item])

@@ -5,7 +5,8 @@ Dimension key: T packed ids, P positions that predict something, D width, V voca
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -126,9 +127,13 @@ class NextTokenLoss(nn.Module):
 
     def forward(self, batch: TensorBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what to report: nats per target id of each modality, size of the hidden states, rows."""
-        hidden_TD = self.model.model(
-            input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], segments=batch.segments, use_cache=False
-        ).last_hidden_state[0]
+        with _rms_before(self.model.model.norm) as rms:
+            hidden_TD = self.model.model(
+                input_ids=batch.ids_T[None],
+                position_ids=batch.positions_T[None],
+                segments=batch.segments,
+                use_cache=False,
+            ).last_hidden_state[0]
         predicts = batch.weights_T > 0
         labels_P, weights_P = batch.labels_T[predicts], batch.weights_T[predicts]
         normaliser = weights_P.sum() if batch.normaliser is None else batch.normaliser
@@ -142,7 +147,7 @@ class NextTokenLoss(nn.Module):
         )
         target_P = batch.target_T[predicts]
         report = self._by_modality(result.nll_P[target_P], labels_P[target_P])
-        report["hidden_norm"] = hidden_TD.detach().float().square().mean().sqrt()
+        report["hidden_norm"] = rms[0]
         report["flops"] = torch.tensor(self._cost.of(batch.segments.lengths, num_predicted=len(labels_P)))
         report["tokens"] = torch.tensor(float(len(batch.ids_T)))
         report["utilisation"] = torch.tensor(1 - batch.num_padding / max(1, len(batch.ids_T)))
@@ -167,3 +172,16 @@ class NextTokenLoss(nn.Module):
         sums = torch.bincount(group_P, weights=nll_P, minlength=len(self._groups))
         means = sums / counts  # NaN where a batch has none: left out of the report
         return {f"{name}_nats": means[index] for index, name in enumerate(self._groups)}
+
+
+@contextlib.contextmanager
+def _rms_before(norm: nn.Module) -> Iterator[list[Tensor]]:
+    """Root mean square of what comes into a norm: after it growth no longer shows."""
+    found: list[Tensor] = []
+    hook = norm.register_forward_pre_hook(
+        lambda _, inputs: found.append(inputs[0].detach().float().square().mean().sqrt())
+    )
+    try:
+        yield found
+    finally:
+        hook.remove()

@@ -9,17 +9,20 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from anygen.config import Config
 from anygen.data.order import Permutation
 from anygen.data.records import RecordStore
 from anygen.errors import DataError
-from tokenizers_mm.text import TextTokenizer
+from tokenizers_mm.llm_text import SomeTextTokenizer, load_text_tokenizer
 
 
 class StageConfig(Config):
     """Fields that every recipe has."""
 
+    several_processes: ClassVar[bool] = False
+    """True where `accelerate launch` may start the stage as several processes."""
     stage: str
     root: Path = Path("runs/default")
     """Folder of the run; the stage works in `root/<stage>`."""
@@ -29,8 +32,21 @@ class StageConfig(Config):
         """Where this stage works."""
         return self.root / self.stage
 
+    @property
+    def on_cpu(self) -> bool:
+        """True where the recipe wants no GPU."""
+        return False
+
     def check(self) -> None:
         """Raise where the stage cannot run: it is asked before earlier work of another recipe is moved aside."""
+
+    def elsewhere(self) -> tuple[str, ...]:
+        """Stages before this one whose work it reads from outside the run: they need not have been run here."""
+        return ()
+
+    def share(self) -> str:
+        """Which share of the stage this process does, where others do the rest in the same run; "" for all of it."""
+        return ""
 
     def outside_inputs(self) -> Mapping[str, str]:
         """Fingerprints of what the stage reads from outside the run; the stage is done anew when they change."""
@@ -45,6 +61,8 @@ class StageResult:
     outputs: tuple[Path, ...]
     """Files and folders that later stages or users read."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    unfinished: str = ""
+    """What is still to be done before the stage is; "" where nothing is."""
 
 
 def open_records(root: Path, *splits: str) -> RecordStore:
@@ -55,9 +73,9 @@ def open_records(root: Path, *splits: str) -> RecordStore:
     return RecordStore(paths)
 
 
-def open_text_tokenizer(root: Path) -> TextTokenizer:
+def open_text_tokenizer(root: Path) -> SomeTextTokenizer:
     """What stage `text_tokenizer` made."""
-    return TextTokenizer.load(root / "text_tokenizer")
+    return load_text_tokenizer(root / "text_tokenizer")
 
 
 class Shuffled:

@@ -1,37 +1,28 @@
-"""What a picture tokenizer's recipe would cost, without data, weights or a step: parameters, FLOPs, memory.
-
-All runs on torch's `meta` device, which has shapes and no values: a recipe for a cluster is weighed on a laptop.
-"""
+"""What a recipe would do and cost, without data, weights or a step: `anygen train RECIPE --dry-run`."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
 from anygen.stages.base import StageConfig
+from anygen.stages.dry_run_pictures import weigh_image_tokenizer
+from anygen.stages.dry_run_pretrain import weigh_pretrain
 from anygen.stages.image_tokenizer import ImageTokenizerConfig, open_teacher
+from anygen.stages.pretrain import PretrainConfig
 from anygen.stages.published_codec import PublishedCodecConfig, codec_facts, open_codec
-from anygen.training.loop import LoopConfig
-from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig
-from tokenizers_mm.patchgan import PatchDiscriminator
-from tokenizers_mm.pixels import PixelHead
-from tokenizers_mm.teacher import VisionTeacher
-from tokenizers_mm.vqkd import PictureEncoder
-
-_BYTES_PER_PARAMETER = 16
-"""fp32 weight, gradient and AdamW's two moments."""
 
 
-def weigh(config: StageConfig) -> dict[str, Any]:
-    """What a recipe would do: its whole configuration, what a picture tokenizer costs, what a published codec is.
+def weigh(config: StageConfig, recipe: Path | None = None) -> dict[str, Any]:
+    """What a recipe would do: its whole configuration, and the cost of a picture tokenizer or a transformer.
+
+    Args:
+        config: the recipe, read.
+        recipe: its file, beside which those of the tokenizers are looked for.
 
     Raises:
-        CheckpointError, ConfigError: the recipe names a teacher or a codec that cannot be used.
+        CheckpointError, ConfigError: the recipe names a teacher, a codec or a checkpoint that cannot be used, or
+            nothing says which tokenizers a transformer would have.
     """
     facts: dict[str, Any] = {"config": config.model_dump(mode="json")}
     if isinstance(config, ImageTokenizerConfig):
@@ -39,115 +30,6 @@ def weigh(config: StageConfig) -> dict[str, Any]:
         facts |= weigh_image_tokenizer(config, open_teacher(config) if found else None)
     if isinstance(config, PublishedCodecConfig):
         facts["codec"] = codec_facts(open_codec(config))
+    if isinstance(config, PretrainConfig):
+        facts |= weigh_pretrain(config, recipe)
     return facts
-
-
-def weigh_image_tokenizer(config: ImageTokenizerConfig, teacher: VisionTeacher | None) -> dict[str, Any]:
-    """Parameters, FLOPs and memory of both phases.
-
-    Args:
-        config: the recipe.
-        teacher: its teacher where there is one at hand; its work is left out otherwise.
-
-    Returns:
-        JSON-able facts. FLOPs are of matrix products and convolutions; memory is of weights, optimizer and saved
-        activations at one process, without the allocator's reserve.
-    """
-    encoder_config = config.encoder
-    rows = encoder_config.side_px // encoder_config.patch_px
-    grid_hw = (rows, rows)
-    eyes = copy.deepcopy(teacher).to("meta") if teacher else None
-    with torch.device("meta"):
-        encoder = PictureEncoder(encoder_config)
-        features = FeatureDecoder(
-            FeatureDecoderConfig(
-                code_dim=encoder_config.code_dim,
-                width=encoder_config.width,
-                depth=encoder_config.decoder_depth,
-                num_heads=encoder_config.num_heads,
-                deep_width=teacher.deep_width if teacher else encoder_config.width,
-                shallow_width=teacher.shallow_width if teacher else encoder_config.width,
-            )
-        )
-        head = PixelHead(config.head, code_dim=encoder_config.code_dim, patch_px=encoder_config.patch_px)
-        gan = PatchDiscriminator(config.adversarial) if config.adversarial.weight else None
-        pixels = torch.empty(config.batch_size, 3, encoder_config.side_px, encoder_config.side_px)
-        vectors = torch.empty(config.batch_size, rows * rows, encoder_config.code_dim)
-
-        def distil() -> Tensor:
-            if eyes is not None and (config.deep_weight or config.shallow_weight):
-                eyes(pixels, grid_hw)
-            z_BNX = encoder.to_code(encoder.encoder(pixels))
-            found = features(z_BNX, grid_hw)
-            loss = found.deep_BND.sum() + found.shallow_BND.sum()
-            return loss + head(z_BNX, grid_hw).sum() if config.pixel_weight else loss
-
-        def draw() -> Tensor:
-            drawn = head(vectors, grid_hw)
-            loss = drawn.sum() if gan is None else drawn.sum() + gan(drawn).sum() + gan(pixels).sum()
-            if eyes is not None and config.perceptual_weight:
-                eyes(pixels, grid_hw)
-                loss = loss + eyes.differentiable(drawn, grid_hw).sum()
-            return loss
-
-        parts: dict[str, nn.Module] = {"encoder": encoder, "features": features, "pixel head": head}
-        parts |= {"discriminator": gan} if gan is not None else {}
-        first = [encoder, features, *([head] if config.pixel_weight else [])]
-        phases = {
-            "vqkd": _phase(distil, first, eyes, config.vqkd_loop, config.batch_size),
-            "pixels": _phase(draw, [head, *([gan] if gan else [])], eyes, config.head_loop, config.batch_size),
-        }
-    # the search of the nearest code is one more product, which the meta run leaves out
-    tokens = config.batch_size * rows * rows * encoder_config.quantizer.num_codebooks
-    search = 2e-9 * tokens * encoder_config.codebook_size * encoder_config.code_dim
-    phases["vqkd"]["GFLOP per step"] = _figure(phases["vqkd"]["GFLOP per step"] + search)
-    # similarities in fp32 and one-hot codes in int64, as vector_quantize_pytorch holds them at once
-    phases["vqkd"]["GB quantiser"] = _figure(12e-9 * tokens * encoder_config.codebook_size)
-    return {
-        "codes per picture": rows * rows * encoder_config.quantizer.num_codebooks,
-        "parameters": {name: _num_parameters(part) for name, part in parts.items()},
-        "teacher": f"{teacher.description}, {_num_parameters(teacher):,} parameters" if teacher else "not weighed",
-        **phases,
-    }
-
-
-def _phase(
-    forward: Callable[[], Tensor],
-    modules: list[nn.Module],
-    eyes: VisionTeacher | None,
-    loop: LoopConfig,
-    batch_size: int,
-) -> dict[str, Any]:
-    saved: dict[int, int] = {}
-    weights = {
-        p.untyped_storage()._cdata for module in [*modules, *([eyes] if eyes else [])] for p in module.parameters()
-    }
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:  # a transposed weight is saved too, and is the weight
-            saved[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = forward()
-        loss.backward()
-    trained = sum(_num_parameters(module) for module in modules)
-    scale = 0.5 if loop.precision == "bf16" else 1.0  # most of what autocast saves is bf16
-    return {
-        "steps": loop.steps,
-        "pictures seen": loop.steps * batch_size,
-        "trained parameters": trained,
-        "GFLOP per step": _figure(counter.get_total_flops() / 1e9),
-        "GB weights and optimizer": _figure(_BYTES_PER_PARAMETER * trained / 1e9),
-        "GB activations": _figure(scale * sum(saved.values()) / 1e9),
-    }
-
-
-def _figure(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from torch import nn
 
 from anygen.codebooks import OrderName
 from anygen.config import Config
 from anygen.data.coded import CodedStore
+from anygen.data.loader import PackedLoader, Packing, merge_states
 from anygen.data.tasks import Direction, DocumentStream
 from anygen.documents import Tokenizers
 from anygen.errors import DataError
@@ -20,12 +23,17 @@ from anygen.files import publishing, read_json, verify, write_json
 from anygen.layout import Layout
 from anygen.model.causal import ModelConfig, create_model, num_parameters
 from anygen.model.loss import LossWeights, NextTokenLoss, TensorBatch
+from anygen.model.recompute import Recompute, recompute_activations
+from anygen.model.warm_start import check_named, checkpoint_fingerprints, warm_start
 from anygen.packing import Packer
 from anygen.seeding import seed_of
 from anygen.sequence import Sequence, Sequencer
 from anygen.stages.base import StageConfig, StageResult, open_text_tokenizer
+from anygen.stages.coded_shards import LOOKAHEAD, ShardsConfig, places_of
 from anygen.stages.tokenize import coded_facts, open_media_tokenizers
+from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
+from anygen.training.sharding import whole_state
 from anygen.vocabulary import Vocabulary
 from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.codes import Modality
@@ -47,8 +55,11 @@ class LayoutConfig(Config):
 class PretrainConfig(StageConfig):
     """Recipe of the stage."""
 
+    several_processes: ClassVar[bool] = True
     stage: Literal["pretrain"] = "pretrain"
     model: ModelConfig = ModelConfig()
+    init_from: Path | None = Field(None, exclude_if=lambda path: path is None)
+    """Folder of a Qwen3 checkpoint to start from, in place of `model`; see `anygen.model.warm_start`."""
     layout: LayoutConfig = LayoutConfig()
     location_bins: int = Field(100, ge=2)
     vokens: int = Field(8, ge=0)
@@ -67,12 +78,20 @@ class PretrainConfig(StageConfig):
     """Weight of predicting the inputs themselves."""
     z_loss: float = Field(1e-4, ge=0)
     """Weight of (log Z)^2, which keeps logits from drifting."""
+    sliced_softmax: bool = Field(False, exclude_if=lambda sliced: not sliced)
+    """Softmax of a picture, sound or location code over its own codebook only, as in sampling; less work."""
+    recompute: Recompute = Field("none", exclude_if=lambda what: what == "none")
+    """Activations computed anew in the backward pass instead of kept; see `anygen.model.recompute`."""
     row_length: int = Field(2048, ge=64)
     """Ids of one packed row."""
     rows_per_batch: int = Field(2, ge=1)
-    """Rows a step."""
+    """Rows of a batch, of all processes together."""
     pool_size: int = Field(256, ge=1)
-    """Look-ahead of the packer, in documents."""
+    """Look-ahead of the packer, in documents; each row of a batch has its own."""
+    num_workers: int = Field(0, ge=0, exclude=True)
+    """Processes that pack, at most one a row; batches are the same with any number of them."""
+    shards: ShardsConfig | None = Field(None, exclude_if=lambda shards: shards is None)
+    """Coded shards from elsewhere; None for those of the run's stage tokenize."""
     loop: LoopConfig
 
     @field_validator("mixture")
@@ -82,6 +101,31 @@ class PretrainConfig(StageConfig):
             Direction.parse(direction)
         return mixture
 
+    @model_serializer(mode="wrap")
+    def _recorded(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        facts: dict[str, Any] = serialize(self)
+        if self.init_from is not None:  # sizes that the model does not have would mislead, and contradict init_from
+            facts.pop("model", None)
+        return facts
+
+    @property
+    def on_cpu(self) -> bool:
+        """True where the recipe wants no GPU."""
+        return self.loop.device == "cpu"
+
+    def check(self) -> None:
+        """A checkpoint that cannot be started from is told before anything is moved."""
+        if self.init_from is not None:
+            check_named(self.model, self.init_from)
+
+    def elsewhere(self) -> tuple[str, ...]:
+        """Stages whose work is not in this run."""
+        return () if self.shards is None else ("tokenize",)
+
+    def outside_inputs(self) -> Mapping[str, str]:
+        """The files of the checkpoint that it starts from."""
+        return {} if self.init_from is None else checkpoint_fingerprints(self.init_from)
+
 
 def main(config: PretrainConfig) -> StageResult:
     """Train and save `model/`: a Qwen3 checkpoint with the vocabulary and layout beside it."""
@@ -89,15 +133,28 @@ def main(config: PretrainConfig) -> StageResult:
     layout = _layout(config, tokenizers)
     vocabulary = Vocabulary.of(tokenizers, audio_codebooks=layout.orders["audio"].num_kept, voken=config.vokens)
     sequencer = Sequencer(vocabulary, layout)
-    model = create_model(config.model, vocabulary, seed=config.loop.seed)
+    model = start_model(config, vocabulary, tokenizers)
+    recompute_activations(model, config.recompute)
     trainee = _Pretraining(config, model, sequencer, tokenizers)
-    metrics = train(trainee, config.loop, config.folder, title="pretrain")
-    with publishing(config.folder / "model") as folder:
-        model.save_pretrained(folder)
-        write_json(folder / "vocabulary.json", vocabulary.manifest())
-        write_json(folder / "layout.json", layout.to_json())
+    with contextlib.closing(trainee):
+        metrics = train(trainee, config.loop, config.folder, title="pretrain")
+    weights = whole_state(model)
+    if processes.rank() == 0:
+        with publishing(config.folder / "model") as folder:
+            model.save_pretrained(folder, state_dict=weights)
+            write_json(folder / "vocabulary.json", vocabulary.manifest())
+            write_json(folder / "layout.json", layout.to_json())
+    processes.wait()
     metrics["parameters"] = float(num_parameters(model))
     return StageResult(config.folder, (config.folder / "model",), metrics)
+
+
+def start_model(config: PretrainConfig, vocabulary: Vocabulary, tokenizers: Tokenizers) -> Any:
+    """The model before its first step."""
+    if config.init_from is None:
+        return create_model(config.model, vocabulary, seed=config.loop.seed)
+    check_named(config.model, config.init_from)
+    return warm_start(config.init_from, vocabulary, tokenizers["text"], seed=config.loop.seed)  # type: ignore[arg-type]
 
 
 def open_tokenizers(root: Path, *, location_bins: int) -> Tokenizers:
@@ -135,45 +192,67 @@ class _Pretraining:
         facts = coded_facts(tokenizers.get("image"), tokenizers.get("audio"))  # type: ignore[arg-type]
         self._stream = self._open(config, tokenizers, facts, "train")
         self._held_out = self._open(config, tokenizers, facts, "validation")
-        self._packer = self._packer_of(config, self._stream)
+        self._loader = PackedLoader(
+            self._example_of(self._stream),
+            packing=Packing(config.row_length, config.pool_size, self._pad_id),
+            num_lanes=config.rows_per_batch,
+            num_workers=config.num_workers,
+        )
         self._config = config
         self._model = model
-        self.module: nn.Module = NextTokenLoss(model, sequencer.vocabulary, z_loss=config.z_loss)
+        self.module: nn.Module = NextTokenLoss(
+            model, sequencer.vocabulary, z_loss=config.z_loss, sliced_softmax=config.sliced_softmax
+        )
 
     @staticmethod
     def _open(config: PretrainConfig, tokenizers: Tokenizers, facts: dict[str, Any], split: str) -> DocumentStream:
-        store = CodedStore((config.root / "tokenize").glob(f"{split}-*"), facts=facts)
+        store = CodedStore(places_of(config.shards, config.root, split), facts=facts)
         seed = seed_of(config.loop.seed, split)
         shares = (config.drop_share, config.free_share) if split == "train" else (0.0, 0.0)
-        return DocumentStream(store, config.mixture, tokenizers, drop_share=shares[0], free_share=shares[1], seed=seed)
+        return DocumentStream(
+            store,
+            config.mixture,
+            tokenizers,
+            drop_share=shares[0],
+            free_share=shares[1],
+            seed=seed,
+            shards_per_block=config.shards.shards_per_block if config.shards else 0,
+            lookahead=LOOKAHEAD if config.shards else 0,
+        )
 
-    def _packer_of(self, config: PretrainConfig, stream: DocumentStream) -> Packer:
+    def _example_of(self, stream: DocumentStream) -> Callable[[int], Sequence]:
         def example(number: int) -> Sequence:
             document, dropped = stream(number)
             return self._sequencer.build(document, drop_inputs=dropped)
 
-        return Packer(
-            example,
-            row_length=config.row_length,
-            num_rows=config.rows_per_batch,
-            pool_size=config.pool_size,
-            pad_id=self._pad_id,
-        )
+        return example
 
     def next_batch(self) -> TensorBatch:
-        return self._weights.batch(self._packer.next_batch())
+        return self._weights.batch(self._loader.next_batch())
 
     def to_device(self, batch: TensorBatch, device: torch.device) -> TensorBatch:
         return batch.to(device)
 
     def state(self) -> dict[str, Any]:
-        return self._packer.state()
+        return self._loader.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._packer.load_state(state)
+        self._loader.load_state(state)
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return merge_states(states)
+
+    def close(self) -> None:
+        self._loader.close()
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
-        packer = self._packer_of(self._config, self._held_out)
+        packer = Packer(
+            self._example_of(self._held_out),
+            row_length=self._config.row_length,
+            num_rows=1,  # figures that do not depend on the number of processes
+            pool_size=self._config.pool_size,
+            pad_id=self._pad_id,
+        )
         totals: dict[str, list[float]] = {}
         while packer.state()["next_example"] < VALIDATION_EXAMPLES + self._config.pool_size:
             loss, report = module(self._weights.batch(packer.next_batch()).to(device))

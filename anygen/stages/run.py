@@ -6,10 +6,11 @@ was done; a stage whose identity changed is moved aside (nothing is deleted) and
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -21,10 +22,13 @@ from anygen.config import build, override, read_yaml
 from anygen.errors import CheckpointError, ConfigError
 from anygen.files import read_json, remove_leftovers, write_json
 from anygen.stages.base import StageConfig, StageResult
+from anygen.training import processes
 from tokenizers_mm.codes import fingerprint_of
 
 logger = logging.getLogger("anygen")
 STAGE_JSON, STARTED_JSON = "stage.json", "started.json"
+_PATIENCE_S = 60.0
+"""How long the shares of a stage wait for one another to look after the run's folder."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,10 @@ STAGES: dict[str, Stage] = {
     "gallery": Stage("GalleryConfig", ("bundle",)),
 }
 """Every stage, in the order in which a family runs them."""
-ALTERNATIVES = {("audio_tokenizer", "checkpoint"): ("published_codec", "PublishedCodecConfig")}
+ALTERNATIVES = {
+    ("audio_tokenizer", "checkpoint"): ("published_codec", "PublishedCodecConfig"),
+    ("text_tokenizer", "checkpoint"): ("llm_tokenizer", "LLMTokenizerConfig"),
+}
 """Stage and a key that makes its recipe one of another kind -> where that kind's code is."""
 OPTIONAL = ("teacher", "image_tokenizer", "audio_tokenizer")
 """A teacher may come from elsewhere, and a run may do without pictures or without sound."""
@@ -77,9 +84,7 @@ def load_recipe(
         raise ConfigError(f"{path}: stage is {name!r}; expected one of {', '.join(STAGES)}")
     # a key that nearly is it is a misspelling, and the other kind's error says so
     keys = [key for key in values if isinstance(key, str)]
-    kinds = [
-        p for (stage, key), p in ALTERNATIVES.items() if stage == name and get_close_matches(key, keys, cutoff=0.8)
-    ]
+    kinds = [p for (of, key), p in ALTERNATIVES.items() if of == name and get_close_matches(key, keys, cutoff=0.8)]
     code, config_class = kinds[0] if kinds else (name, STAGES[name].config_class)
     module = importlib.import_module(f"anygen.stages.{code}")
     return cast(StageConfig, build(getattr(module, config_class), values, source=str(path)))
@@ -107,17 +112,71 @@ def run_stage(config: StageConfig) -> StageResult:
 
     Raises:
         CheckpointError: another process is at work in the same run.
-        ConfigError: a stage that it reads has not been run.
+        ConfigError: a stage that it reads has not been run, or several processes for a stage that runs in one.
     """
+    if processes.started_as_several():
+        if not config.several_processes:
+            raise ConfigError(f"stage {config.stage} runs in one process: start it without accelerate launch")
+        processes.join(cpu=config.on_cpu)
+        if processes.rank() > 0:
+            return _follow(config)
     config.root.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(config.root / ".lock")
+    if config.share():
+        return _run_share(config)
+    with _locked(config.root):
+        _require_no_shares(config.root)
+        return _run_locked(config)
+
+
+@contextlib.contextmanager
+def _locked(root: Path, *, wait_s: float = 0.0) -> Iterator[None]:
     try:
-        with lock.acquire(timeout=0):
-            return _run_locked(config)
+        with FileLock(root / ".lock").acquire(timeout=wait_s):
+            yield
     except Timeout as error:
         raise CheckpointError(
-            f"another anygen process is at work in {config.root}: wait for it, or use another root"
+            f"another anygen process is at work in {root}: wait for it, or use another root"
         ) from error
+
+
+def _require_no_shares(root: Path) -> None:
+    for path in root.glob(".share-*"):
+        with FileLock(path).acquire(timeout=0):
+            pass
+
+
+def _run_share(config: StageConfig) -> StageResult:
+    """Run a share of a stage beside other shares: the run's lock is held only while its folder is looked after."""
+    mine = FileLock(config.root / f".share-{config.stage}-{config.share().replace('/', '-of-')}")
+    with _locked(config.root, wait_s=_PATIENCE_S):
+        identity = _identity(config)
+        done = _done(config, identity)
+        if done is not None:
+            logger.info("%s: done and unchanged", config.stage)
+            return done
+        _begin(config, identity, sweeps=False)  # the other shares are at work on what looks like leftovers
+        mine.acquire(timeout=0)
+    started = time.monotonic()
+    try:
+        result: StageResult = importlib.import_module(type(config).__module__).main(config)
+    finally:
+        mine.release()
+    if result.unfinished:
+        logger.info("%s: share %s is done; %s", config.stage, config.share(), result.unfinished)
+        return result
+    with _locked(config.root, wait_s=_PATIENCE_S):
+        _finish(config, identity, result, started)
+    return result
+
+
+def _begin(config: StageConfig, identity: str, *, sweeps: bool) -> None:
+    config.check()
+    _move_aside_if_other(config, identity)
+    config.folder.mkdir(parents=True, exist_ok=True)
+    if sweeps:
+        remove_leftovers(config.folder)
+    write_json(config.folder / STARTED_JSON, {"identity": identity})
+    logger.info("%s: running in %s", config.stage, config.folder)
 
 
 def _run_locked(config: StageConfig) -> StageResult:
@@ -125,16 +184,19 @@ def _run_locked(config: StageConfig) -> StageResult:
     done = _done(config, identity)
     if done is not None:
         logger.info("%s: done and unchanged", config.stage)
+        processes.told(False)
         return done
-    config.check()
-    _move_aside_if_other(config, identity)
-    config.folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(config.folder)
-    write_json(config.folder / STARTED_JSON, {"identity": identity})
-    logger.info("%s: running in %s", config.stage, config.folder)
+    _begin(config, identity, sweeps=True)
     started = time.monotonic()
+    processes.told(True)
     result: StageResult = importlib.import_module(type(config).__module__).main(config)
-    figures = {name: value for name, value in result.metrics.items() if name not in ("step_s", "tokens_per_s")}
+    _finish(config, identity, result, started)
+    processes.wait()
+    return result
+
+
+def _finish(config: StageConfig, identity: str, result: StageResult, started: float) -> None:
+    figures = {name: value for name, value in result.metrics.items() if name not in ("step_s", "tokens_per_s", "mfu")}
     facts = {
         "identity": identity,
         "config": config.model_dump(mode="json", exclude={"root"}),
@@ -143,12 +205,23 @@ def _run_locked(config: StageConfig) -> StageResult:
     }
     write_json(config.folder / STAGE_JSON, facts)
     logger.info("%s: done in %.0f s", config.stage, time.monotonic() - started)
-    return result
+
+
+def _follow(config: StageConfig) -> StageResult:
+    """The part of every process but the first, which alone looks after the run's folder."""
+    if processes.told(None):
+        importlib.import_module(type(config).__module__).main(config)
+        processes.wait()
+    done = _done(config, _identity(config))
+    assert done is not None, f"stage {config.stage} is not done in {config.root}: do all processes see the same folder?"
+    return done
 
 
 def _identity(config: StageConfig) -> str:
     inputs = {}
     for need in STAGES[config.stage].needs:
+        if need in config.elsewhere():
+            continue
         path = config.root / need / STAGE_JSON
         if path.exists():
             inputs[need] = read_json(path)["identity"]
@@ -179,6 +252,7 @@ def _move_aside_if_other(config: StageConfig, identity: str) -> None:
     path = config.folder / STARTED_JSON
     if not path.exists() or read_json(path).get("identity") == identity:
         return
+    _require_no_shares(config.root)
     number = 1
     while (aside := config.root / "old" / f"{config.stage}-{number}").exists():
         number += 1

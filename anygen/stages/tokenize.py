@@ -1,7 +1,8 @@
 """Stage `tokenize`: record shards to coded shards, one to one.
 
 Each shard is encoded alone and published atomically, so shards can be done in any order, by any number of processes,
-and again.
+and again. `part=2/16` does every 16th shard from the 2nd on: sixteen such commands, on any machines that see the run's
+folder, do the stage. `on=ray` hands the shards out to a Ray cluster.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field, field_validator
 
-from anygen.data.coded import CodedRecord, CodedUtterance, write_coded_shard
+from anygen.config import Config
+from anygen.data.coded import LARGE, CodedRecord, CodedUtterance, write_coded_shard
 from anygen.data.records import Record, RecordStore
 from anygen.errors import DataError
 from anygen.files import is_published
@@ -29,31 +32,96 @@ from tokenizers_mm.media import load_picture
 _BATCH = 64
 
 
+class RayConfig(Config):
+    """What each encoder on a Ray cluster gets. The run's folder must be seen by all nodes under the same path."""
+
+    address: str | None = None
+    """Of the cluster; None for the one that the environment names, or else a Ray of this machine alone."""
+    concurrency: int = Field(1, ge=1)
+    """Encoders at a time."""
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+
 class TokenizeConfig(StageConfig):
     """Recipe of the stage."""
 
     stage: Literal["tokenize"] = "tokenize"
+    device: Literal["cpu", "cuda"] = Field("cpu", exclude_if=lambda device: device == "cpu")
+    """Where tokenizers encode. A few codes in a million may differ from one kind of device to another."""
+    part: str = Field("", exclude=True)
+    """`i/n`: only every n-th shard from the i-th on; the stage is done when all parts are."""
+    on: Literal["local", "ray"] = Field("local", exclude=True)
+    ray: RayConfig = Field(RayConfig(), exclude=True)
+
+    @field_validator("part")
+    @classmethod
+    def _is_part(cls, part: str) -> str:
+        number, slash, count = part.partition("/")
+        if part and not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+            raise ValueError("expected i/n with i from 1 to n, as in 2/16")
+        return part
+
+    def share(self) -> str:
+        """Which shards this process encodes, where others do the rest."""
+        return self.part
+
+    def own(self, paths: list[Path]) -> list[Path]:
+        """Those of all shards that are this process's part."""
+        number, _, count = (self.part or "1/1").partition("/")
+        return paths[int(number) - 1 :: int(count)]
 
 
 def main(config: TokenizeConfig) -> StageResult:
     """Encode every shard that is not there yet."""
-    image, audio = open_media_tokenizers(config.root)
-    facts = coded_facts(image, audio)
     paths = sorted((config.root / "data").glob("*.tar"))
     if not paths:
         raise DataError(f"{config.root / 'data'} has no shards: run the stage data first")
+    if config.on == "ray":
+        from anygen.stages.tokenize_on_ray import encode_on_ray
+
+        encode_on_ray(config, config.own(paths))
+    else:
+        _encode_here(config, config.own(paths))
+    folders = tuple(config.folder / path.stem for path in paths)
+    missing = [folder.name for folder in folders if not is_published(folder, sizes_only=LARGE)]
+    left = (
+        f"{len(missing)} of {len(folders)} shards are to be encoded by other parts, {missing[0]} first"
+        if missing
+        else ""
+    )
+    return StageResult(config.folder, folders, {"shards": float(len(folders) - len(missing))}, left)
+
+
+def _encode_here(config: TokenizeConfig, paths: list[Path]) -> None:
+    encoder = ShardEncoder(config)
     progress = Progress("tokenize", len(paths))
-    folders = []
     with StopRequest() as stop:
         for path in paths:
-            folder = config.folder / path.stem
-            if not is_published(folder):
-                write_coded_shard(folder, _encode(RecordStore([path]), image, audio), facts=facts)
-                stop.check(f"shards up to {folder.name} are in {config.folder}")
-            folders.append(folder)
+            if encoder.encode(path):
+                stop.check(f"shards up to {path.stem} are in {config.folder}")
             progress.advance()
     progress.close()
-    return StageResult(config.folder, tuple(folders), {"shards": float(len(folders))})
+
+
+class ShardEncoder:
+    """One record shard to one coded shard: the unit of work for any scheduler."""
+
+    def __init__(self, config: TokenizeConfig) -> None:
+        self._folder = config.folder
+        self._image, self._audio = open_media_tokenizers(config.root)
+        for tokenizer in (self._image, self._audio):
+            if tokenizer is not None:
+                tokenizer.to(torch.device(config.device))
+        self._facts = coded_facts(self._image, self._audio)
+
+    def encode(self, path: Path) -> bool:
+        """Encode the shard at `path`, where that is still to be done; returns whether it was."""
+        folder = self._folder / path.stem
+        if is_published(folder):
+            return False
+        write_coded_shard(folder, _encode(RecordStore([path]), self._image, self._audio), facts=self._facts)
+        return True
 
 
 def open_media_tokenizers(root: Path) -> tuple[ImageTokenizer | None, AudioTokenizer | None]:

@@ -37,9 +37,10 @@ _PEAK_TFLOPS = {
 class Monitors:
     """Adds figures to each line of the log.
 
-    `norm_growth`: running mean of `hidden_norm` over its level after warm-up; `norm_alarms`: how often the run has
-    warned of it, once when it exceeds `norm_alarm` and once more at each doubling. `mfu`: share of the device's peak,
-    where the line has `flops`, `tokens` and `tokens_per_s`, and the peak is known.
+    `norm_growth`: running mean of `hidden_norm`, the size of the last layer's output before the final norm, over its
+    level after warm-up; `norm_alarms`: how often the run has warned of it, once when it exceeds `norm_alarm` and once
+    more at each doubling. `mfu`: share of the device's peak, where the line has `flops`, `tokens` and `tokens_per_s`,
+    and the peak is known.
 
     Args:
         history: the lines of the run so far.

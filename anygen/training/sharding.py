@@ -17,11 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from anygen.errors import CheckpointError
+from anygen.errors import CheckpointError, ConfigError
 from anygen.files import publishing
 from anygen.training import processes
 
 ONE_FILE = "state.safetensors"
+UNUSED = {
+    "FSDP_OFFLOAD_PARAMS": "shard over more processes",
+    "FSDP_ACTIVATION_CHECKPOINTING": "write `recompute: selective` or `full` in the recipe",
+}
+"""What a launcher's configuration may say and nothing here does: refused, with what to do instead."""
 
 
 def is_asked_for() -> bool:
@@ -40,18 +45,21 @@ def shard(module: nn.Module, device: torch.device, *, bf16: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    if not dist.is_initialized():
-        raise AssertionError("processes.join comes first")
+    assert dist.is_initialized(), "processes.join comes first"
+    for name, instead in UNUSED.items():
+        if os.environ.get(name, "false").lower() == "true":
+            raise ConfigError(f"the launcher's configuration sets {name.lower()}, which is not used here: {instead}")
     mesh = init_device_mesh(device.type, (processes.count(),))
     half = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": mesh, "reshard_after_forward": _reshards(), **({"mp_policy": half} if bf16 else {})}
+    options = {"mesh": mesh, "reshard_after_forward": reshards(), **({"mp_policy": half} if bf16 else {})}
     module.to(device)
     for block in repeated_blocks(module):
         fully_shard(block, **options)  # type: ignore[call-overload]
     fully_shard(module, **options)  # type: ignore[call-overload]
 
 
-def _reshards() -> bool:
+def reshards() -> bool:
+    """True where layers are sliced again between forward and backward, as by default."""
     return os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("false", "no_shard", "shard_grad_op")
 
 

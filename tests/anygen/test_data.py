@@ -575,16 +575,22 @@ def test_documents_hold_what_belongs_together() -> None:
     assert located.segments[2].content in [region for _, region in CODED[1].objects] and located.task == "locate"
 
 
-def test_directions_know_which_records_they_fit() -> None:
-    fits = {
-        t: [Direction.parse(t).fits(r) for r in CODED] for t in ("text>image", "scene:text>image", "text>audio", "ask")
+def test_directions_know_which_records_they_fit(tmp_path: Path) -> None:
+    write_coded_shard(tmp_path / "s", CODED, facts={})
+    store = CodedStore([tmp_path / "s"], facts={})
+    expected = {
+        "text>image": [0, 1],
+        "scene:text>image": [1],
+        "text>audio": [0],
+        "ask": [1],
+        "locate": [1],
+        "text>text": [0, 1, 2],
+        ">image": [0, 1],
+        "emoji:image>text,audio": [0],
+        "nothing:text>text": [],
     }
-    assert fits == {
-        "text>image": [True, True, False],
-        "scene:text>image": [False, True, False],
-        "text>audio": [True, False, False],
-        "ask": [False, True, False],
-    }
+    directions = {text: Direction.parse(text) for text in expected}
+    assert {t: store.numbers(d.kind, d.needs).tolist() for t, d in directions.items()} == expected
 
 
 def test_the_stream_is_a_pure_function_of_the_number(tmp_path: Path, tokenizers: dict[str, Any]) -> None:

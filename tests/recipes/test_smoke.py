@@ -133,3 +133,15 @@ def test_a_changed_recipe_moves_the_old_work_aside(undisturbed: tuple[Path, floa
     assert result.returncode == 0, result.stderr
     assert (root / "old" / "text_tokenizer-1" / "text.model").is_file()
     assert "earlier work is in" in result.stderr
+
+
+def test_training_is_one_function_of_its_recipe(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    """The study `benchmarks/exact_training.py`, small: run twice, stopped, killed, fed by workers: the same bits."""
+    arguments = ["--steps", "16", "--kills", "2", "--resumes", "1", "--workers", "2"]
+    script = subprocess.run(
+        [sys.executable, "benchmarks/exact_training.py", str(undisturbed[0]), str(tmp_path / "out"), *arguments],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert script.returncode == 0, script.stdout + script.stderr
+    facts = json.loads((tmp_path / "out" / "exact_training.json").read_text())
+    assert len(facts["identical"]) == 5 and all(facts["identical"].values())

@@ -1,0 +1,1 @@
+"""Curves of a run, from the lines of its `metrics.jsonl`."""
