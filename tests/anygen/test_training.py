@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,7 @@ def test_bit_rot_is_found_and_the_checkpoint_before_is_taken(tmp_path: Path) -> 
     saved(tmp_path)
     newest = tmp_path / "step-00000002"
     random = np.random.default_rng(0)
-    for number in range(100):
+    for number in range(200):
         path = [newest / "state.safetensors", newest / "state.json"][number % 2]
         whole = path.read_bytes()
         data = bytearray(whole)
@@ -327,6 +328,26 @@ def test_every_syscall_of_a_save_may_fail_and_nothing_is_lost(tmp_path: Path, mo
     assert fail_at > 5, "the save makes several such calls, and each one failed once"
     assert is_published(tmp_path / "step-00000002")
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path: Path) -> None:
+    """On a real file system of 4 MB, on which the second checkpoint finds no room."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root only")
+    try:
+        module = nn.Linear(300, 700)
+        optimizer = make_optimizer(module, OptimizerConfig())
+        module(torch.ones(1, 300)).sum().backward()
+        optimizer.step()
+        checkpoint.save(tmp_path, 1, module, optimizer, {"position": 1})
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        with pytest.raises(CheckpointError, match=r"cannot save .*step-00000002.*MiB free.*No space left"):
+            checkpoint.save(tmp_path, 2, module, optimizer, {"position": 2})
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+        restored = checkpoint.restore(tmp_path, module, optimizer)
+        assert restored is not None and restored.step == 1
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)  # loaded tensors still map it
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_there(tmp_path: Path) -> None:
