@@ -84,8 +84,11 @@ def _scale(*, dry: bool) -> Scale:
             torch.device("cpu"), {"smoke": (smoke, 1)}, 512, 1024, 1, (17, 1, 130, 64), 2,
             Setup(smoke, 1024, 512, 1), 1, "eager",
         )  # fmt: skip
-    large = ModelConfig(size="base", width=2048, num_layers=22, num_heads=32, num_kv_heads=4, mlp_width=5632)
-    models = {"0.1 B": (ModelConfig(size="small"), 8), "0.35 B": (ModelConfig(size="base"), 4), "1.1 B": (large, 2)}
+    models = {
+        "0.1 B": (ModelConfig(size="small"), 8),
+        "0.35 B": (ModelConfig(size="base"), 4),
+        "1.1 B": (ModelConfig(size="large", tie_embeddings=False), 2),
+    }
     lengths = (1, 33, 4095, 1024, 2, 700, 8192, 2337)  # 16,384 in all
     return Scale(torch.device("cuda"), models, 8192, 32_768, 16, lengths, 10, None, 6, "inductor")
 

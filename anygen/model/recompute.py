@@ -12,7 +12,15 @@ from typing import Any, Literal
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Recompute = Literal["none", "selective", "full"]
-_DEAR = ("aten.mm", "aten.addmm", "aten.bmm", "aten._scaled_dot_product", "aten._flash_attention", "anygen.")
+_DEAR = (
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten.baddbmm",
+    "aten._scaled_dot_product",
+    "aten._flash_attention",
+    "anygen.",
+)
 
 
 def recompute_activations(model: Any, what: Recompute) -> None:
