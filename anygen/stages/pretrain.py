@@ -34,6 +34,7 @@ from anygen.stages.tokenize import coded_facts, open_media_tokenizers
 from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
 from anygen.training.sharding import whole_state
+from anygen.training.trackers import require
 from anygen.vocabulary import Vocabulary
 from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.codes import Modality
@@ -114,7 +115,8 @@ class PretrainConfig(StageConfig):
         return self.loop.device == "cpu"
 
     def check(self) -> None:
-        """A checkpoint that cannot be started from is told before anything is moved."""
+        """A checkpoint that cannot be started from, or a tracker that is missing, is told before anything is moved."""
+        require(self.loop.trackers)
         if self.init_from is not None:
             check_named(self.model, self.init_from)
 
