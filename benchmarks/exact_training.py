@@ -3,8 +3,8 @@
     python benchmarks/exact_training.py RUN OUT [--steps 300] [--kills 20]
 
 RUN is a folder in which the stages up to `tokenize` are done (`anygen run recipes/smoke`). Every variant trains the
-smoke transformer for the same steps in a copy of it; what is compared are all weights and optimizer states, to the last
-bit, and the losses of every step. Kills are SIGKILL at random moments, saves included: a checkpoint is due every two steps.
+smoke transformer for the same steps in a copy of it; compared are all weights and optimizer states, to the last bit, and
+the losses of every step. Kills are SIGKILL at random moments, saves included: a checkpoint is due every two steps.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def start(arguments: argparse.Namespace, name: str, *overrides: str) -> subproce
     loop = [f"loop.steps={arguments.steps}", "loop.log_every=1", "loop.save_every=2"]
     command = [sys.executable, "-m", "anygen", "train", str(ROOT / "recipes/smoke/pretrain.yaml"), "--root", str(root)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    return subprocess.Popen(  # noqa: S603  our own command
         [*command, *loop, *overrides], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 

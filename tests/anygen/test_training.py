@@ -332,7 +332,9 @@ def test_every_syscall_of_a_save_may_fail_and_nothing_is_lost(tmp_path: Path, mo
 
 def test_a_full_disk_costs_the_new_checkpoint_only(tmp_path: Path) -> None:
     """On a real file system of 4 MB, on which the second checkpoint finds no room."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)], capture_output=True
+    ).returncode:
         pytest.skip("a small file system can be mounted by root only")
     try:
         module = nn.Linear(300, 700)
