@@ -3,8 +3,8 @@
     python benchmarks/exact_training.py RUN OUT [--steps 300] [--kills 20]
 
 RUN is a folder in which the stages up to `tokenize` are done (`anygen run recipes/smoke`). Every variant trains the
-smoke transformer for the same steps in a copy of it; compared are all weights and optimizer states, to the last bit, and
-the losses of every step. Kills are SIGKILL at random moments, saves included: a checkpoint is due every two steps.
+smoke transformer for the same steps in a copy of it; compared are all weights and optimizer states, to the last bit,
+and the losses of every step. Kills are SIGKILL at random moments, saves included: a checkpoint is due every two steps.
 """
 
 from __future__ import annotations

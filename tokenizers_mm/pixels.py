@@ -57,8 +57,8 @@ def colour_loss(predicted_BCHW: Tensor, pixels_BCHW: Tensor) -> Tensor:
 
     The skin tone of a face eight pixels wide is a matter of such means; in the MSE of single pixels edges drown it.
     """
-    coarse = (F.avg_pool2d(picture.float(), 4, ceil_mode=True) for picture in (predicted_BCHW, pixels_BCHW))
-    return F.mse_loss(*coarse)
+    drawn, wanted = (F.avg_pool2d(picture.float(), 4, ceil_mode=True) for picture in (predicted_BCHW, pixels_BCHW))
+    return F.mse_loss(drawn, wanted)
 
 
 def pixel_loss(predicted_BCHW: Tensor, pixels_BCHW: Tensor) -> Tensor:
