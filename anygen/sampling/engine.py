@@ -4,8 +4,8 @@ It reads the weights of a `Qwen3ForCausalLM` (fused into fewer products) and kee
 memory. Rows stand at different positions; nothing is padded but the cache. transformers' own forward pass is the
 reference: same logits, same greedy ids.
 
-Dimension key: B rows, T packed prompt ids, M either of them, D width, H query heads, G key/value heads, E head width, N
-cache length, V vocabulary.
+Dimension key: B rows, T packed prompt ids, W ids of a window, M packed ids of any of them, D width, H query heads, G
+key/value heads, E head width, N cache length, V vocabulary.
 """
 
 from __future__ import annotations
@@ -135,6 +135,44 @@ class Engine:
             x_BD = self._rest(layer, x_BD, mixed_BH1E[:, :, 0])
         cache.lengths_B = positions_B + 1
         return _rms_norm(x_BD, self.norm_D, self.eps)
+
+    @torch.inference_mode()
+    def extend(self, ids_BW: Tensor, cache: Cache, counts_B: Tensor | None = None) -> Tensor:
+        """Read W ids a row, each row from its own position on; hidden state after each id, B x W x D.
+
+        Lower `cache.lengths_B` to take ids back: what lies beyond a row's length is never seen, and overwritten.
+
+        Args:
+            ids_BW: the window; where a row has fewer ids, anything in their place.
+            cache: with room for them.
+            counts_B: how many of its ids each row has; all W by default. Hidden states beyond are 0.
+        """
+        offsets_W = torch.arange(ids_BW.shape[1], device=self.device)
+        counts_B = torch.full_like(cache.lengths_B, ids_BW.shape[1]) if counts_B is None else counts_B.to(self.device)
+        rows_M, offsets_M = (offsets_W < counts_B[:, None]).nonzero(as_tuple=True)
+        positions_BW = cache.lengths_B[:, None] + offsets_W
+        positions_M = positions_BW[rows_M, offsets_M]
+        num_keys = int(positions_M.max()) + 1
+        seen_B1WN = torch.arange(num_keys, device=self.device) <= positions_BW[:, None, :, None]
+        x_MD = self.embed_VD[ids_BW.to(self.device)[rows_M, offsets_M]]
+        for index, layer in enumerate(self.layers):
+            q_MHE, k_MGE, v_MGE = self._qkv(layer, x_MD, positions_M)
+            cache.keys[index][rows_M, :, positions_M] = k_MGE
+            cache.values[index][rows_M, :, positions_M] = v_MGE
+            q_BWHE = q_MHE.new_zeros(*positions_BW.shape, *q_MHE.shape[1:])
+            q_BWHE[rows_M, offsets_M] = q_MHE
+            mixed_BHWE = F.scaled_dot_product_attention(
+                q_BWHE.transpose(1, 2),
+                cache.keys[index][:, :, :num_keys],
+                cache.values[index][:, :, :num_keys],
+                attn_mask=seen_B1WN,
+                enable_gqa=True,
+            )
+            x_MD = self._rest(layer, x_MD, mixed_BHWE.transpose(1, 2)[rows_M, offsets_M])
+        cache.lengths_B = cache.lengths_B + counts_B
+        hidden_BWD = x_MD.new_zeros(*positions_BW.shape, x_MD.shape[-1])
+        hidden_BWD[rows_M, offsets_M] = _rms_norm(x_MD, self.norm_D, self.eps)
+        return hidden_BWD
 
     @torch.inference_mode()
     def logits(self, hidden_BD: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
