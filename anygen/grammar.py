@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from anygen.errors import InputError
-from anygen.sequence import Sequencer
+from anygen.sequence import BlockName, Sequencer
 from anygen.vocabulary import NUM_NUMBERS, Range
 from tokenizers_mm.codes import Modality
 
@@ -25,6 +25,13 @@ class Block:
     modality: Modality
     shape: tuple[int, ...] | None = None
     """Rows and columns of a picture, digits of a sound's length, 2 or 4 for a region; None lets the model choose."""
+    as_vokens: bool = False
+    """A picture written as vokens, for a decoder to draw; it has no shape."""
+
+    @property
+    def name(self) -> BlockName:
+        """What its begin and end tokens are called."""
+        return "voken" if self.as_vokens else self.modality
 
 
 @dataclass(frozen=True)
@@ -48,12 +55,12 @@ class Grammar:
         """Fewest ids between begin and end: shape numbers and codes."""
         if block.modality == "text":
             return 1
-        shape = block.shape or {"image": (1, 1), "audio": (0, 1), "region": (2,)}[block.modality]
-        return self._num_body_of(block.modality, shape)
+        shape = block.shape or {"image": (1, 1), "audio": (0, 1), "region": (2,), "voken": ()}[block.name]
+        return self._num_body_of(block.name, shape)
 
     def native_num_body(self, block: Block) -> int:
         """Ids between begin and end at the native shape, which is kept free for this block where the budget allows."""
-        if block.shape is None and block.modality == "image":
+        if block.shape is None and block.name == "image":
             return self._num_body_of("image", self.layout.native_grid_hw)
         if block.shape is None and block.modality == "audio":
             return self._num_body_of("audio", divmod(self.layout.native_frames, NUM_NUMBERS))
@@ -61,7 +68,7 @@ class Grammar:
             return self._num_body_of("region", (4,))
         return self.num_body(block)
 
-    def _num_body_of(self, modality: Modality, shape: tuple[int, ...]) -> int:
+    def _num_body_of(self, modality: BlockName, shape: tuple[int, ...]) -> int:
         return len(shape) + len(self.sequencer.body_ranges(modality, shape))
 
     def smallest_budget(self, plan: Plan) -> int:
@@ -97,16 +104,19 @@ class Grammar:
             raise InputError(
                 f"this model has no {block.modality!r} output; it has {', '.join(self.vocabulary.modalities)}"
             )
+        if block.as_vokens and not any(r.name == "voken" for r in self.vocabulary.ranges):
+            raise InputError("this model has no vokens: its pictures are drawn from codes")
         if block.shape is None:
             return
         good = {
+            "voken": False,
             "text": block.shape == (),
             "image": len(block.shape) == 2 and all(1 <= n <= self.layout.max_side for n in block.shape),
             "audio": len(block.shape) == 2
             and all(0 <= n < NUM_NUMBERS for n in block.shape)
             and 1 <= block.shape[0] * NUM_NUMBERS + block.shape[1] <= self.layout.max_frames,
             "region": block.shape in ((2,), (4,)),
-        }[block.modality]
+        }[block.name]
         if not good:
             bounds = f"at most {self.layout.max_side} patches a side, {self.layout.max_frames} frames of sound"
             raise InputError(
@@ -154,13 +164,19 @@ class Walk:
         """The block that is open, or None between blocks."""
         return self._block.modality if self._block else None
 
+    @property
+    def forced(self) -> tuple[int, ...]:
+        """The vokens still to come of an open voken block: they are not chosen, and are read in one pass."""
+        is_open = self._block is not None and self._block.as_vokens
+        return tuple(r.start for r in self._body[self._num_written :]) if is_open else ()
+
     def push(self, id: int) -> None:
         """Take the next id; it must be allowed."""
         assert any(start <= id < stop for start, stop in self.allowed), f"id {id} is not in {self.allowed}"
         self._left -= 1
         if self._block is None:
             self.allowed = self._open(id)
-        elif len(self._shape) < self._grammar.sequencer.num_shape_numbers(self._block.modality):
+        elif len(self._shape) < self._grammar.sequencer.num_shape_numbers(self._block.name):
             self._shape.append(id - self._grammar.vocabulary.numbers.start)
             self.allowed = self._inside()
         else:
@@ -173,7 +189,7 @@ class Walk:
         vocabulary = self._grammar.vocabulary
         if self._plan.free:
             ids = [
-                vocabulary.control(block.modality)
+                vocabulary.control(block.name)
                 for block in self._plan.blocks
                 if self._grammar.num_body(block) + 2 <= self._left - 1
             ]
@@ -183,7 +199,7 @@ class Walk:
             return tuple((id, id + 1) for id in sorted(set(ids)))
         if self._next_block == len(self._plan.blocks):
             return _only(vocabulary.control("eos"))
-        return _only(vocabulary.control(self._plan.blocks[self._next_block].modality))
+        return _only(vocabulary.control(self._plan.blocks[self._next_block].name))
 
     def _open(self, id: int) -> Ranges:
         vocabulary = self._grammar.vocabulary
@@ -191,7 +207,7 @@ class Walk:
             self.done = True
             return ()
         if self._plan.free:
-            self._block = next(b for b in self._plan.blocks if vocabulary.control(b.modality) == id)
+            self._block = next(b for b in self._plan.blocks if vocabulary.control(b.name) == id)
         else:
             self._block = self._plan.blocks[self._next_block]
             self._next_block += 1
@@ -214,11 +230,11 @@ class Walk:
 
     def _end_id(self) -> int:
         assert self._block is not None
-        return self._grammar.vocabulary.control("/" + self._block.modality)
+        return self._grammar.vocabulary.control("/" + self._block.name)
 
     def _inside(self) -> Ranges:
         assert self._block is not None
-        modality = self._block.modality
+        modality = self._block.name
         if modality == "text":
             if self._room() <= 1:
                 self.is_cut = True

@@ -5,6 +5,7 @@
           | <image> rows columns code ... </image>
           | <audio> length/256 length%256 code ... </audio>
           | <region> 2 or 4 bin ... </region>
+          | <voken> voken_0 ... voken_N-1 </voken>      a picture that a decoder draws from hidden states
 
 `<target>` and `<input>` mark where the role changes (a sequence opens in the input role). A dropped condition
 (classifier-free guidance, arXiv 2207.12598) is one `<drop>` in place of all inputs before the first target.
@@ -15,16 +16,18 @@ Dimension key: S ids of one sequence, K codebooks, T steps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from anygen.documents import Document, Segment
+from anygen.documents import Document, Segment, Vokens
 from anygen.errors import DataError
 from anygen.layout import Layout
 from anygen.vocabulary import NUM_NUMBERS, TASKS, Range, Vocabulary
-from tokenizers_mm.codes import MODALITIES, Codes, IntArray, Modality
+from tokenizers_mm.codes import Codes, IntArray, Modality
 
+BlockName = Literal["text", "image", "audio", "region", "voken"]
 _DEFAULT_TASKS: dict[tuple[tuple[str, ...], str], str] = {
     (("text",), "image"): "depict",
     (("audio",), "image"): "depict",
@@ -105,12 +108,14 @@ class Sequencer:
             raise DataError(f"{codes.modality} block of {codes.num_steps} steps, shape {shape}: numbers end at 255")
         return shape
 
-    def num_shape_numbers(self, modality: Modality) -> int:
+    def num_shape_numbers(self, modality: BlockName) -> int:
         """How many numbers announce a block of this modality."""
-        return {"text": 0, "image": 2, "audio": 2, "region": 1}[modality]
+        return {"text": 0, "image": 2, "audio": 2, "region": 1, "voken": 0}[modality]
 
-    def body_ranges(self, modality: Modality, shape: tuple[int, ...]) -> list[Range]:
+    def body_ranges(self, modality: BlockName, shape: tuple[int, ...]) -> list[Range]:
         """The range that each code of a block with this shape lies in, in order (text has no fixed length)."""
+        if modality == "voken":
+            return [Range("voken", int(id), 1) for id in self.vocabulary.vokens_N]
         if modality == "region":
             return [self.vocabulary.range("region")] * shape[0]
         num_frames = shape[0] * shape[1] if modality == "image" else shape[0] * NUM_NUMBERS + shape[1]
@@ -162,8 +167,11 @@ class Sequencer:
                 writer.block(segment)
         return writer
 
-    def block_ids(self, codes: Codes) -> IntArray:
+    def block_ids(self, codes: Codes | Vokens) -> IntArray:
         """One block, begin token to end token."""
+        if isinstance(codes, Vokens):
+            control = self.vocabulary.control
+            return np.concatenate([[control("voken")], self.vocabulary.vokens_N, [control("/voken")]])
         modality = codes.modality
         if modality in ("text", "region"):
             body = self.vocabulary.to_ids(modality, codes.codes_KT[0])
@@ -211,7 +219,7 @@ class _Writer:
     def block(self, segment: Segment) -> None:
         if segment.target != self.in_target:
             self.switch(segment.target)
-        ids = self.sequencer.block_ids(segment.codes)
+        ids = self.sequencer.block_ids(segment.written)
         if segment.modality != "text":
             self.spans.append((self.length, self.length + len(ids)))
         self.add(ids, target=segment.target)
@@ -247,14 +255,17 @@ class _Reader:
                 target = name == "target"
             elif name in TASKS:
                 self.task = name
-            elif name in MODALITIES:
-                problem = self._block(name, target)  # type: ignore[arg-type]
+            elif name in get_args(BlockName):
+                try:
+                    problem = self._block(name, target)  # type: ignore[arg-type]
+                except DataError as error:  # codes, or a kind of block, that this vocabulary cannot have
+                    problem = str(error)
                 if problem:
                     return problem
             else:
                 return f"id {int(self.ids[self.at - 1])} at {self.at - 1} opens nothing"
 
-    def _block(self, modality: Modality, target: bool) -> str | None:
+    def _block(self, modality: BlockName, target: bool) -> str | None:
         numbers = self.vocabulary.numbers
         num_numbers = self.sequencer.num_shape_numbers(modality)
         shape = tuple(int(i) - numbers.start for i in self.ids[self.at : self.at + num_numbers])
@@ -277,11 +288,8 @@ class _Reader:
         if len(body) < len(ranges) or self.at >= len(self.ids) or int(self.ids[self.at]) != end:
             return f"{modality} block at {self.at - 1 - num_numbers - len(body)} is not closed"
         self.at += 1
-        try:
-            codes = self._codes(modality, shape, body - starts)
-        except DataError as error:
-            return str(error)
-        self.segments.append(Segment(modality, codes, target))
+        content = Vokens() if modality == "voken" else self._codes(modality, shape, body - starts)
+        self.segments.append(Segment("image" if modality == "voken" else modality, content, target))
         return None
 
     def _codes(self, modality: Modality, shape: tuple[int, ...], codes_S: IntArray) -> Codes:

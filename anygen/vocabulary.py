@@ -172,6 +172,16 @@ class Vocabulary:
         """Id of a control token, e.g. `control("eos")`."""
         return self.range("control").start + self.control_names.index(name)
 
+    @cached_property
+    def vokens_N(self) -> IntArray:
+        """The ids of a voken block between its begin and end tokens: every voken, in order.
+
+        Raises:
+            DataError: this vocabulary has no vokens.
+        """
+        r = self.range("voken")
+        return np.arange(r.start, r.stop, dtype=np.int64)
+
     @property
     def numbers(self) -> Range:
         """The ids that write shapes: numbers 0 to 255."""

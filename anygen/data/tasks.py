@@ -2,8 +2,8 @@
 
 A direction is written `inputs>targets`, modalities parted by commas, with a kind of record in front where it matters:
 `text>image`, `image>text,audio`, `scene:image>text`. Where a document holds sound, its text is what is said; two
-texts are two phrasings. Two directions need more than modalities: `ask` (picture and question to answer) and `locate`
-(picture and name to box).
+texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Two directions need more than
+modalities: `ask` (picture and question to answer) and `locate` (picture and name to box).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from anygen.data.coded import CodedRecord, CodedStore
 from anygen.data.order import Draw, Mixture
 from anygen.data.shard_index import Has
-from anygen.documents import Document, Segment, Tokenizers
+from anygen.documents import Document, Segment, Tokenizers, Vokens
 from anygen.errors import ConfigError
-from anygen.sequence import default_task
+from anygen.sequence import BlockName, default_task
 from tokenizers_mm.codes import Modality
 from tokenizers_mm.media import Region
 
@@ -40,8 +40,8 @@ class Direction:
         ConfigError: (from `parse`) not a direction.
     """
 
-    inputs: tuple[Modality, ...]
-    targets: tuple[Modality, ...]
+    inputs: tuple[BlockName, ...]
+    targets: tuple[BlockName, ...]
     kind: str = ""
     special: str = ""
 
@@ -53,7 +53,7 @@ class Direction:
             return cls((), (), kind, rest)
         inputs, arrow, targets = rest.partition(">")
         sides = [tuple(m for m in side.split(",") if m) for side in (inputs, targets)]
-        if not arrow or not sides[1] or any(m not in get_args(Modality) for side in sides for m in side):
+        if not arrow or not sides[1] or any(m not in get_args(BlockName) for side in sides for m in side):
             raise ConfigError(
                 f"{text!r} is not a direction; write inputs>targets (image>text,audio) or one of {SPECIAL}"
             )
@@ -65,7 +65,7 @@ class Direction:
         if self.special:
             return Has.PICTURE | (Has.QUESTIONS if self.special == "ask" else Has.OBJECTS)
         modalities = {*self.inputs, *self.targets}
-        needs = Has.PICTURE if "image" in modalities else Has(0)
+        needs = Has.PICTURE if modalities & {"image", "voken"} else Has(0)
         if "audio" in modalities:  # the text is what is said
             return needs | Has.UTTERANCES
         return needs | Has.CAPTIONS if "text" in modalities else needs
@@ -78,20 +78,26 @@ class Direction:
         if self.special == "locate":
             name, region = generator.choice(_unique(record.objects))
             return _pair([("image", record.picture), ("text", name)], ("region", region), "locate")
-        content: dict[Modality, list[Any]] = {"image": [record.picture] * 2, "text": self._texts(record, generator)}
+        content: dict[BlockName, list[Any]] = {"image": [record.picture] * 2, "text": self._texts(record, generator)}
+        content["voken"] = [Vokens(record.picture)] * 2
         if "audio" in (*self.inputs, *self.targets):
             utterances = generator.sample(record.utterances, 1)
             others = [u for u in record.utterances if u.text == utterances[0].text and u is not utterances[0]]
             utterances.append(generator.choice(others or utterances))
             content["audio"] = [utterance.codes for utterance in utterances]
             content["text"] = [utterances[0].text] * 2
-        segments = [Segment(m, content[m].pop(), target=False) for m in self.inputs]
-        segments += [Segment(m, content[m].pop(), target=True) for m in self.targets]
-        return Document(tuple(segments), default_task(self.inputs, self.targets[0]))
+        kinds: list[tuple[BlockName, bool]] = [(m, False) for m in self.inputs] + [(m, True) for m in self.targets]
+        segments = tuple(Segment(_modality_of(m), content[m].pop(), target) for m, target in kinds)
+        inputs = tuple(s.modality for s in segments if not s.target)
+        return Document(segments, default_task(inputs, _modality_of(self.targets[0])))
 
     def _texts(self, record: CodedRecord, generator: random.Random) -> list[str]:
         texts = generator.sample(record.captions, min(2, len(record.captions)))
         return (texts * 2)[:2]
+
+
+def _modality_of(block: BlockName) -> Modality:
+    return "image" if block == "voken" else block
 
 
 def _pair(inputs: list[tuple[Modality, Any]], target: tuple[Modality, Any], task: str) -> Document:

@@ -64,15 +64,17 @@ class LossWeights:
 
     Args:
         vocabulary: says which modality an id belongs to.
-        modalities: weights by name (`text`, `control`, `image`, ...); 1 where not named.
+        modalities: weights by name (`text`, `control`, `image`, ...); 1 where not named. Vokens and the end of their
+            block weigh nothing: sampling never chooses them, only their begin token is a decision.
         inputs: factor for ids of input segments; 0 learns the targets only.
     """
 
     def __init__(self, vocabulary: Vocabulary, modalities: Mapping[str, float], *, inputs: float) -> None:
         self._vocabulary = vocabulary
-        weights = [modalities.get(r.group, 1.0) for r in vocabulary.ranges]
+        weights = [0.0 if r.group == "voken" else modalities.get(r.group, 1.0) for r in vocabulary.ranges]
         self._weights_R = torch.tensor([*weights, 0.0])  # the unused tail weighs nothing
         self._inputs = inputs
+        self._voken_end = vocabulary.control("/voken")
 
     def batch(self, packed: PackedBatch) -> TensorBatch:
         """A packed batch with its weights."""
@@ -80,6 +82,7 @@ class LossWeights:
         role_T = torch.from_numpy(packed.target_T).float()
         role_T = role_T + (1 - role_T) * self._inputs
         weights_T = self._weights_R[kinds_T] * role_T * torch.from_numpy(packed.predicts_T)
+        weights_T = weights_T * torch.from_numpy(packed.labels_T != self._voken_end)
         return TensorBatch(
             torch.from_numpy(packed.ids_T),
             torch.from_numpy(packed.positions_T),

@@ -4,6 +4,9 @@ Each step computes logits only for the ids that a sample's grammar allows; rows 
 share one product. With guidance a sample has a second row that read the prompt with its condition dropped and then
 follows the same ids.
 
+Vokens are not chosen: where a voken block is begun, its begin token and all vokens are read in one pass, and the hidden
+states at the vokens are kept (MiniGPT-5, arXiv 2310.02239).
+
 Dimension key: B rows of one group, A allowed ids.
 """
 
@@ -37,6 +40,8 @@ class SampleState:
     ids: list[int] = field(default_factory=list)
     seed: int | None = None
     """What `generator` was seeded with; reported only."""
+    vokens: list[Tensor] = field(default_factory=list)
+    """Hidden states at the vokens of each voken block, N x width, in order."""
 
     @property
     def is_guided(self) -> bool:
@@ -59,6 +64,8 @@ def sample(engine: Engine, states: Sequence[SampleState]) -> Iterator[list[tuple
     while batch.active:
         chosen = batch.choose()
         yield chosen
+        while forced := batch.push_forced():
+            yield forced
         batch.advance()
 
 
@@ -70,6 +77,7 @@ class _Batch:
         self.active = [index for index, state in enumerate(states) if not state.walk.done]
         self.guided = [index for index in self.active if states[index].is_guided]
         self._guided_place = {index: place for place, index in enumerate(self.guided)}
+        self._num_read = [0] * len(states)
         length = max((len(s.prompt) + s.walk.budget for s in states), default=0)
         if length > engine.max_positions:
             raise InputError(
@@ -101,6 +109,14 @@ class _Batch:
         for (ranges, options), places in groups.items():
             chosen[places] = self._choose_group(ranges, options, places)
         pairs = [(index, int(id)) for index, id in zip(self.active, chosen, strict=True)]
+        for index, id in pairs:
+            self.states[index].ids.append(id)
+            self.states[index].walk.push(id)
+        return pairs
+
+    def push_forced(self) -> list[tuple[int, int]]:
+        """Add the next voken of every sample that is inside a voken block."""
+        pairs = [(index, forced[0]) for index in self.active if (forced := self.states[index].walk.forced)]
         for index, id in pairs:
             self.states[index].ids.append(id)
             self.states[index].walk.push(id)
@@ -138,5 +154,20 @@ class _Batch:
             self.guided = [self.guided[place] for place in guided]
             self._guided_place = {index: place for place, index in enumerate(self.guided)}
         if self.active:
-            ids = [self.states[index].ids[-1] for index in (*self.active, *self.guided)]
-            self.hidden = self.engine.step(torch.tensor(ids), self.cache)
+            windows = [self.states[index].ids[self._num_read[index] :] for index in (*self.active, *self.guided)]
+            self.hidden = self._read(windows)
+            for index in self.active:
+                self._num_read[index] = len(self.states[index].ids)
+
+    def _read(self, windows: list[list[int]]) -> Tensor:
+        """Hidden state after each row's new ids; where they are a begin token and vokens, the vokens' are kept."""
+        counts_B = torch.tensor([len(window) for window in windows])
+        width = int(counts_B.max())
+        if width == 1:
+            return self.engine.step(torch.tensor(windows)[:, 0], self.cache)
+        ids_BW = torch.tensor([window + window[-1:] * (width - len(window)) for window in windows])
+        hidden_BWD = self.engine.extend(ids_BW, self.cache, counts_B)
+        for place, index in enumerate(self.active):
+            if counts_B[place] > 1:
+                self.states[index].vokens.append(hidden_BWD[place, 1 : int(counts_B[place])].clone())
+        return hidden_BWD[torch.arange(len(windows)), counts_B - 1]

@@ -71,9 +71,7 @@ class PretrainConfig(StageConfig):
     """Share of examples that learn to answer without their inputs (classifier-free guidance)."""
     free_share: float = Field(0.1, ge=0, le=1)
     """Share of examples without a task token: they teach what to answer when nothing is asked for (`output="any"`)."""
-    loss_weights: dict[
-        Literal["text", "control", "image", "audio", "region", "voken"], Annotated[float, Field(ge=0)]
-    ] = {}
+    loss_weights: dict[Literal["text", "control", "image", "audio", "region"], Annotated[float, Field(ge=0)]] = {}
     """Weight by modality of the label; 1 where not named."""
     input_weight: float = Field(0.0, ge=0)
     """Weight of predicting the inputs themselves."""
