@@ -55,6 +55,7 @@ class CodedRecord:
     utterances: tuple[CodedUtterance, ...] = ()
     objects: tuple[tuple[str, Region], ...] = ()
     questions: tuple[tuple[str, str], ...] = ()
+    spoken_questions: tuple[tuple[CodedUtterance, CodedUtterance], ...] = ()
 
 
 def write_coded_shard(folder: Path, records: Iterable[CodedRecord], *, facts: dict[str, Any]) -> int:
@@ -92,7 +93,7 @@ def write_coded_shard(folder: Path, records: Iterable[CodedRecord], *, facts: di
 
 
 def _row(record: CodedRecord, put: Callable[[Codes], list[int]]) -> dict[str, Any]:
-    return {
+    row: dict[str, Any] = {
         "key": record.key,
         "kind": record.kind,
         "captions": record.captions,
@@ -101,6 +102,9 @@ def _row(record: CodedRecord, put: Callable[[Codes], list[int]]) -> dict[str, An
         "objects": [[name, region.values] for name, region in record.objects],
         "questions": record.questions,
     }
+    if record.spoken_questions:  # rows without them stay byte for byte what they were
+        row["spoken_questions"] = [[[u.text, u.voice, put(u.codes)] for u in pair] for pair in record.spoken_questions]
+    return row
 
 
 class ShardPlace(Protocol):
@@ -255,10 +259,14 @@ class _OpenShard:
             row["kind"],
             tuple(row["captions"]),
             None if row["picture"] is None else self._get(row["picture"], "image"),
-            tuple(CodedUtterance(text, voice, self._get(place, "audio")) for text, voice, place in row["utterances"]),
+            tuple(self._utterance(*facts) for facts in row["utterances"]),
             tuple((name, Region(tuple(values))) for name, values in row["objects"]),
             tuple((question, answer) for question, answer in row["questions"]),
+            tuple((self._utterance(*asked), self._utterance(*told)) for asked, told in row.get("spoken_questions", ())),
         )
+
+    def _utterance(self, text: str, voice: str, place: list[int]) -> CodedUtterance:
+        return CodedUtterance(text, voice, self._get(place, "audio"))
 
     def _get(self, place: list[int], modality: Modality) -> Codes:
         start, num_books, num_steps, *grid = place

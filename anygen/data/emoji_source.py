@@ -28,6 +28,8 @@ class EmojiSource(SourceConfig):
     """Voices of the split `unheard` only."""
     num_scenes: int = Field(0, ge=0)
     """Scenes in all; every 20th goes to validation, every 20th to test."""
+    spoken_scene_share: float = Field(0.0, ge=0, le=1, exclude_if=lambda share: not share)
+    """Share of the scenes whose questions are asked and answered aloud, each scene by one of `voices`."""
     max_emoji: int | None = Field(None, ge=1)
     """Take only this many emoji, spread over the whole list; None takes all."""
     seed: int = 0
@@ -36,6 +38,8 @@ class EmojiSource(SourceConfig):
         """The source itself."""
         if shared := {HELD_OUT_VOICE, *self.unheard_voices} & set(self.voices):
             raise ConfigError(f"voice {min(shared)!r} is held out for evaluation; take it out of `voices`")
+        if self.spoken_scene_share and not self.voices:
+            raise ConfigError("spoken_scene_share needs a voice that speaks the questions: name some in `voices`")
         return _EmojiWorld(self)
 
 
@@ -73,10 +77,8 @@ class _EmojiWorld:
         return self._scene(item) if isinstance(item, int) else self._emoji(item)
 
     def _emoji(self, item: _Spoken) -> Record:
-        emoji, utterances = item.emoji, []
-        for voice in item.voices:
-            text = emoji.words_of(voice)
-            utterances.append(Utterance(text, voice, flac_of(speak(text, voice))))
+        emoji = item.emoji
+        utterances = [_utterance(emoji.words_of(voice), voice) for voice in item.voices]
         picture = png_of(on_white(self.font.draw(emoji.char, self.config.side_px)))
         return Record(emoji.key, "emoji", captions(emoji.parts), picture, tuple(utterances))
 
@@ -85,5 +87,23 @@ class _EmojiWorld:
         scene = make_scene(self.things, self.font, side_px=self.config.side_px, generator=generator)
         objects = tuple((placed.name, placed.box) for placed in scene.objects)
         return Record(
-            f"scene-{index:07d}", "scene", scene.captions, png_of(scene.picture), (), objects, scene.questions
+            f"scene-{index:07d}",
+            "scene",
+            scene.captions,
+            png_of(scene.picture),
+            (),
+            objects,
+            scene.questions,
+            self._spoken(index, scene.questions),
         )
+
+    def _spoken(self, index: int, questions: tuple[tuple[str, str], ...]) -> tuple[tuple[Utterance, Utterance], ...]:
+        chance = np.random.default_rng([self.config.seed, index, 1])  # apart from what draws the scene
+        if chance.random() >= self.config.spoken_scene_share:
+            return ()
+        voice = self.config.voices[int(chance.integers(len(self.config.voices)))]
+        return tuple((_utterance(question, voice), _utterance(answer, voice)) for question, answer in questions)
+
+
+def _utterance(text: str, voice: str) -> Utterance:
+    return Utterance(text, voice, flac_of(speak(text, voice)))

@@ -2,7 +2,8 @@
 
 A record is everything that says the same thing: a picture, captions, spoken utterances, placed objects, questions. In
 a shard it is `{key}.json` (captions and the rest), `{key}.png` (or .jpg, .webp) and one `{key}.{voice}.flac` (or
-.wav, .ogg) an utterance. Shards of other tools are read as they are: `{key}.txt` is a caption, `{key}.wav` an
+.wav, .ogg) an utterance; questions and answers that are spoken are `{key}.asked:0:{voice}.flac` and
+`{key}.answered:0:{voice}.flac`. Shards of other tools are read as they are: `{key}.txt` is a caption, `{key}.wav` an
 utterance of that text; where there is no other caption, `{key}.cls` is one, unless it is only a number. Members of
 other types are not read.
 """
@@ -30,6 +31,7 @@ MAX_MEMBERS = 1_000_000
 _MEMBER = re.compile(
     r"^(?:\./)?(?P<key>[\w-]{1,200})\.(?P<field>(?:[\w+:-]{1,80}\.)?(?P<type>png|jpg|jpeg|webp|flac|wav|ogg|txt|cls|json))$"
 )
+_ASKED, _ANSWERED = "asked:", "answered:"
 _HIDDEN_OR_UNREAD = re.compile(r"^(?:\./)?(?:[\w-]{1,200}(?:\.[\w+:-]{1,80}){1,8}|\.[\w+:-][\w.+:-]{0,199})$")
 """What a shard may hold beside what is read: `{key}.npy`, `{key}.seg.pth`, `.nfs0001`; no folder and no `..`."""
 
@@ -61,6 +63,8 @@ class Record:
     """(name, box) of what is in the picture."""
     questions: tuple[tuple[str, str], ...] = ()
     """(question, answer) about the picture."""
+    spoken_questions: tuple[tuple[Utterance, Utterance], ...] = ()
+    """The same, spoken; apart from `utterances`, which say what the whole record says."""
 
 
 def write_shard(path: Path, records: Iterable[Record]) -> int:
@@ -86,11 +90,20 @@ def _members(record: Record) -> Iterator[tuple[str, bytes]]:
         "objects": [{"name": name, "region": region.values} for name, region in record.objects],
         "questions": record.questions,
     }
+    spoken = {
+        f"{role}{number}:{utterance.voice}": utterance
+        for number, pair in enumerate(record.spoken_questions)
+        for role, utterance in zip((_ASKED, _ANSWERED), pair, strict=True)
+    }
+    if spoken:  # other shards stay byte for byte what they were
+        facts["spoken_questions"] = [[{"text": u.text, "voice": u.voice} for u in p] for p in record.spoken_questions]
     yield f"{record.key}.json", json.dumps(facts, ensure_ascii=False).encode()
     if record.picture is not None:
         yield f"{record.key}.{_picture_type(record.picture)}", record.picture
     for utterance in record.utterances:
         yield f"{record.key}.{utterance.voice}.flac", utterance.sound
+    for name, utterance in spoken.items():
+        yield f"{record.key}.{name}.flac", utterance.sound
 
 
 def _picture_type(data: bytes) -> str:
@@ -127,7 +140,8 @@ class RecordStore:
 
     def num_sounds(self, index: int) -> int:
         """Utterances of a record; reads nothing."""
-        return sum(name.split(".")[-1] in SOUND_TYPES for name in self._entries[index][2])
+        names = self._entries[index][2]
+        return sum(name.split(".")[-1] in SOUND_TYPES and not name.startswith((_ASKED, _ANSWERED)) for name in names)
 
     def picture(self, index: int) -> bytes | None:
         """The encoded picture of a record; its sounds are not read."""
@@ -215,6 +229,15 @@ def _read_record(path: Path, key: str, fields: dict[str, bytes]) -> Record:
             tuple(Utterance(str(u["text"]), str(u["voice"]), sounds[u["voice"]]) for u in spoken),
             tuple((str(o["name"]), Region(tuple(o["region"]))) for o in facts.get("objects", ())),
             tuple((str(q), str(a)) for q, a in facts.get("questions", ())),
+            tuple(_spoken_pair(number, pair, sounds) for number, pair in enumerate(facts.get("spoken_questions", ()))),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: record {key!r} is broken: {type(error).__name__}: {error}") from error
+
+
+def _spoken_pair(number: int, pair: Any, sounds: dict[str, bytes]) -> tuple[Utterance, Utterance]:
+    asked, answered = (
+        Utterance(str(u["text"]), str(u["voice"]), sounds[f"{role}{number}:{u['voice']}"])
+        for role, u in zip((_ASKED, _ANSWERED), pair, strict=True)
+    )
+    return asked, answered

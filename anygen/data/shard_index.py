@@ -34,6 +34,7 @@ class Has(IntFlag):
     UTTERANCES = 4
     QUESTIONS = 8
     OBJECTS = 16
+    SPOKEN_QUESTIONS = 32
 
 
 def has_of(row: Mapping[str, Any]) -> Has:
@@ -44,7 +45,7 @@ def has_of(row: Mapping[str, Any]) -> Has:
     """
     found = Has(0)
     for flag in Has:
-        if row[str(flag.name).lower()]:
+        if row.get(str(flag.name).lower()):  # older rows lack the last ones
             found |= flag
     return found
 

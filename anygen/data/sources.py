@@ -76,7 +76,7 @@ class _WebDataset:
         try:
             if record.picture is not None:
                 load_picture(record.picture)
-            for utterance in record.utterances:
+            for utterance in (*record.utterances, *(u for pair in record.spoken_questions for u in pair)):
                 load_sound(utterance.sound)
         except InputError as error:
             raise InputError(f"{record.key}: {error}") from error

@@ -2,8 +2,9 @@
 
 A direction is written `inputs>targets`, modalities parted by commas, with a kind of record in front where it matters:
 `text>image`, `image>text,audio`, `scene:image>text`. Where a document holds sound, its text is what is said; two
-texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Two directions need more than
-modalities: `ask` (picture and question to answer) and `locate` (picture and name to box).
+texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Some directions need more than
+modalities: `ask` (picture and question to answer), `ask_aloud` (the same, both spoken), `locate` (picture and name to box)
+and `name` (picture and box to name).
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ from anygen.sequence import BlockName, default_task
 from tokenizers_mm.codes import Modality
 from tokenizers_mm.media import Region
 
-SPECIAL = ("ask", "locate")
+SPECIAL = {
+    "ask": Has.QUESTIONS,
+    "ask_aloud": Has.SPOKEN_QUESTIONS,
+    "locate": Has.OBJECTS,
+    "name": Has.OBJECTS,
+}
+"""Direction -> what a record must hold for it beside a picture."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Direction:
         sides = [tuple(m for m in side.split(",") if m) for side in (inputs, targets)]
         if not arrow or not sides[1] or any(m not in get_args(BlockName) for side in sides for m in side):
             raise ConfigError(
-                f"{text!r} is not a direction; write inputs>targets (image>text,audio) or one of {SPECIAL}"
+                f"{text!r} is not a direction; write inputs>targets (image>text,audio) or one of {tuple(SPECIAL)}"
             )
         return cls(sides[0], sides[1], kind)  # type: ignore[arg-type]
 
@@ -63,7 +70,7 @@ class Direction:
     def needs(self) -> Has:
         """What a record must hold for this direction."""
         if self.special:
-            return Has.PICTURE | (Has.QUESTIONS if self.special == "ask" else Has.OBJECTS)
+            return Has.PICTURE | SPECIAL[self.special]
         modalities = {*self.inputs, *self.targets}
         needs = Has.PICTURE if modalities & {"image", "voken"} else Has(0)
         if "audio" in modalities:  # the text is what is said
@@ -72,12 +79,8 @@ class Direction:
 
     def document(self, record: CodedRecord, generator: random.Random) -> Document:
         """One document of this direction, with the record's other choices (phrasing, voice) drawn from `generator`."""
-        if self.special == "ask":
-            question, answer = generator.choice(record.questions)
-            return _pair([("image", record.picture), ("text", question)], ("text", answer), "answer")
-        if self.special == "locate":
-            name, region = generator.choice(_unique(record.objects))
-            return _pair([("image", record.picture), ("text", name)], ("region", region), "locate")
+        if self.special:
+            return _special(self.special, record, generator)
         content: dict[BlockName, list[Any]] = {"image": [record.picture] * 2, "text": self._texts(record, generator)}
         content["voken"] = [Vokens(record.picture)] * 2
         if "audio" in (*self.inputs, *self.targets):
@@ -100,9 +103,24 @@ def _modality_of(block: BlockName) -> Modality:
     return "image" if block == "voken" else block
 
 
-def _pair(inputs: list[tuple[Modality, Any]], target: tuple[Modality, Any], task: str) -> Document:
-    segments = [Segment(modality, content) for modality, content in inputs]
-    return Document((*segments, Segment(*target, target=True)), task)
+def _special(name: str, record: CodedRecord, generator: random.Random) -> Document:
+    if name == "ask":
+        question, answer = generator.choice(record.questions)
+        return _about(record, ("text", question), ("text", answer), "answer")
+    if name == "ask_aloud":
+        asked, answered = generator.choice(record.spoken_questions)
+        return _about(record, ("audio", asked.codes), ("audio", answered.codes), "answer")
+    if name == "locate":
+        thing, region = generator.choice(_unique(record.objects))
+        return _about(record, ("text", thing), ("region", region), "locate")
+    assert name == "name", name
+    thing, region = generator.choice(record.objects)
+    return _about(record, ("region", region), ("text", thing), "answer")
+
+
+def _about(record: CodedRecord, given: tuple[Modality, Any], target: tuple[Modality, Any], task: str) -> Document:
+    """The picture and what is given with it, to the target."""
+    return Document((Segment("image", record.picture), Segment(*given), Segment(*target, target=True)), task)  # type: ignore[arg-type]
 
 
 def _unique(objects: tuple[tuple[str, Region], ...]) -> list[tuple[str, Region]]:

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 
 from anygen.config import Config
 from anygen.data.coded import LARGE, CodedRecord, CodedUtterance, write_coded_shard
-from anygen.data.records import Record, RecordStore
+from anygen.data.records import Record, RecordStore, Utterance
 from anygen.errors import DataError
 from anygen.files import is_published
 from anygen.stages.base import StageConfig, StageResult
@@ -148,18 +148,29 @@ def _encode(store: RecordStore, image: ImageTokenizer | None, audio: AudioTokeni
             records = [store[index] for index in range(start, min(start + _BATCH, len(store)))]
             codes = iter(_encode_sounds(records, audio, pool)) if audio is not None else iter(())
             for record, picture in zip(records, _encode_pictures(records, image), strict=True):
-                utterances = tuple(
-                    CodedUtterance(u.text, u.voice, next(codes)) for u in record.utterances if audio is not None
-                )
+                coded = [CodedUtterance(u.text, u.voice, next(codes)) for u in _spoken(record) if audio is not None]
+                dialogue = coded[len(record.utterances) :]
                 yield CodedRecord(
-                    record.key, record.kind, record.captions, picture, utterances, record.objects, record.questions
+                    record.key,
+                    record.kind,
+                    record.captions,
+                    picture,
+                    tuple(coded[: len(record.utterances)]),
+                    record.objects,
+                    record.questions,
+                    tuple(zip(dialogue[::2], dialogue[1::2], strict=True)),
                 )
+
+
+def _spoken(record: Record) -> list[Utterance]:
+    """Everything that is said in a record: its utterances, then question and answer in turn."""
+    return [*record.utterances, *(utterance for pair in record.spoken_questions for utterance in pair)]
 
 
 def _encode_sounds(records: list[Record], audio: AudioTokenizer, pool: Executor) -> list[Codes]:
     """Codes of every utterance in order: in groups, twice as fast; they are the same for any number of threads."""
     rate_hz = audio.sample_rate_hz
-    sounds = list(pool.map(lambda u: u.audio(rate_hz), [u for record in records for u in record.utterances]))
+    sounds = list(pool.map(lambda u: u.audio(rate_hz), [u for record in records for u in _spoken(record)]))
     groups = (
         grouped([len(s.samples_T) for s in sounds]) if can_batch(audio.model) else [[n] for n in range(len(sounds))]
     )
