@@ -3,8 +3,8 @@
 A direction is written `inputs>targets`, modalities parted by commas, with a kind of record in front where it matters:
 `text>image`, `image>text,audio`, `scene:image>text`. Where a document holds sound, its text is what is said; two
 texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Some directions need more than
-modalities: `ask` (picture and question to answer), `ask_aloud` (the same, both spoken), `locate` (picture and name to box)
-and `name` (picture and box to name).
+modalities: `ask` (picture and question to answer), `ask_aloud` (the same, both spoken), `locate` (picture and name to
+box) and `name` (picture and box to name).
 """
 
 from __future__ import annotations
