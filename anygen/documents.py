@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from tokenizers_mm.codes import Codes, Modality, Tokenizer
@@ -18,6 +20,53 @@ from tokenizers_mm.media import Audio, Region
 
 Media = str | Image.Image | Audio | Region
 Tokenizers = Mapping[Modality, Tokenizer[Any]]
+_DEFAULT_TASKS: dict[tuple[tuple[str, ...], str], str] = {
+    (("text",), "image"): "depict",
+    (("audio",), "image"): "depict",
+    (("image",), "text"): "caption",
+    (("image",), "audio"): "caption",
+    (("text",), "audio"): "speak",
+    (("audio",), "text"): "transcribe",
+}
+
+
+def default_task(inputs: tuple[Modality, ...], target: Modality) -> str:
+    """The task that a set of inputs and the first output suggest, where the caller names none.
+
+    >>> default_task(("text",), "image"), default_task(("image", "text"), "text"), default_task((), "image")
+    ('depict', 'answer', 'continue')
+    """
+    if target == "region":
+        return "locate"
+    kinds = tuple(dict.fromkeys(inputs))
+    if not kinds or kinds == (target,):
+        return "continue"
+    return _DEFAULT_TASKS.get((kinds, target), "answer")
+
+
+@dataclass(frozen=True, eq=False)
+class Holed:
+    """A picture or sound of which only some codes are known.
+
+    >>> holed = Holed(Codes(np.array([[3, 1, 2, 7]]), "image", grid_hw=(2, 2)), np.array([[True, True, False, True]]))
+    >>> holed.codes.codes_KT.tolist()
+    [[3, 1, 0, 7]]
+    """
+
+    codes: Codes
+    """0 where unknown: what stood there is not kept."""
+    known_KT: npt.NDArray[np.bool_]
+
+    def __post_init__(self) -> None:
+        assert self.known_KT.shape == self.codes.codes_KT.shape, (self.known_KT.shape, self.codes.codes_KT.shape)
+        object.__setattr__(self, "known_KT", self.known_KT.astype(bool))
+        object.__setattr__(self, "codes", replace(self.codes, codes_KT=self.codes.codes_KT * self.known_KT))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Holed) and self.codes == other.codes and np.array_equal(self.known_KT, other.known_KT)
+
+    def __hash__(self) -> int:
+        return hash((self.codes, self.known_KT.tobytes()))
 
 
 @dataclass(frozen=True)
@@ -38,7 +87,7 @@ class Segment:
     """One text, picture, sound or region of a document."""
 
     modality: Modality
-    content: Media | Codes | Vokens
+    content: Media | Codes | Holed | Vokens
     target: bool = False
     """True where the model is to generate it, False where it is given."""
 
@@ -49,9 +98,9 @@ class Segment:
         return self.content
 
     @property
-    def written(self) -> Codes | Vokens:
+    def written(self) -> Codes | Holed | Vokens:
         """The content as what a sequence holds of it; `assert`s that it was encoded."""
-        return self.content if isinstance(self.content, Vokens) else self.codes
+        return self.content if isinstance(self.content, Vokens | Holed) else self.codes
 
 
 @dataclass(frozen=True)
@@ -62,8 +111,8 @@ class Document:
     task: str | None = None
 
     def encode(self, tokenizers: Tokenizers) -> Document:
-        """Every medium as codes; codes and vokens stay as they are."""
-        kinds = (Codes, Vokens)
+        """Every medium as codes; codes, also with holes, and vokens stay as they are."""
+        kinds = (Codes, Holed, Vokens)
         return self._map(lambda segment: tokenizers[segment.modality].encode(segment.content), kinds, invert=False)
 
     def decode(self, tokenizers: Tokenizers) -> Document:

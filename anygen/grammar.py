@@ -8,6 +8,7 @@ can be closed, and the blocks still asked for can follow.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from anygen.errors import InputError
 from anygen.sequence import BlockName, Sequencer
@@ -27,6 +28,9 @@ class Block:
     """Rows and columns of a picture, digits of a sound's length, 2 or 4 for a region; None lets the model choose."""
     as_vokens: bool = False
     """A picture written as vokens, for a decoder to draw; it has no shape."""
+    known: tuple[int, ...] | None = None
+    """Of a picture or sound whose shape is fixed: the id of each code in the order in which they are written, -1 where
+    it is to be chosen."""
 
     @property
     def name(self) -> BlockName:
@@ -70,6 +74,13 @@ class Grammar:
 
     def _num_body_of(self, modality: BlockName, shape: tuple[int, ...]) -> int:
         return len(shape) + len(self.sequencer.body_ranges(modality, shape))
+
+    def body_of(self, block: Block, shape: tuple[int, ...]) -> list[Range]:
+        """The range that each id between shape and end lies in: of one id where it is known."""
+        ranges = self.sequencer.body_ranges(block.name, shape)
+        if block.known is None:
+            return ranges
+        return [r if id < 0 else Range(r.name, id, 1) for r, id in zip(ranges, block.known, strict=True)]
 
     def smallest_budget(self, plan: Plan) -> int:
         """Fewest new ids with which the plan can be carried out, `<eos>` included."""
@@ -166,9 +177,15 @@ class Walk:
 
     @property
     def forced(self) -> tuple[int, ...]:
-        """The vokens still to come of an open voken block: they are not chosen, and are read in one pass."""
-        is_open = self._block is not None and self._block.as_vokens
-        return tuple(r.start for r in self._body[self._num_written :]) if is_open else ()
+        """Vokens or known codes that come next in an open block: they are not chosen, and are read in one pass."""
+        if self._block is None or not (self._block.as_vokens or self._block.known):
+            return ()
+        return tuple(r.start for r in takewhile(lambda r: r.size == 1, self._body[self._num_written :]))
+
+    @property
+    def writes_vokens(self) -> bool:
+        """True inside a voken block."""
+        return self._block is not None and self._block.as_vokens
 
     def push(self, id: int) -> None:
         """Take the next id; it must be allowed."""
@@ -245,7 +262,7 @@ class Walk:
             zero = self._grammar.vocabulary.numbers.start
             return tuple((zero + low, zero + high + 1) for low, high in self._shape_bounds())
         if not self._num_written:
-            self._body = self._grammar.sequencer.body_ranges(modality, tuple(self._shape))
+            self._body = self._grammar.body_of(self._block, tuple(self._shape))
         if self._num_written < len(self._body):
             r = self._body[self._num_written]
             return ((r.start, r.stop),)

@@ -15,12 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from anygen.documents import Document, Media, Segment
+from anygen.documents import Document, Media, Segment, default_task
 from anygen.errors import InputError
 from anygen.grammar import Block, Plan
 from anygen.layout import Layout
 from anygen.sampling.choose import OPTION_NAMES, SamplingOptions
-from anygen.sequence import default_task
 from anygen.vocabulary import NUM_NUMBERS, TASKS
 from tokenizers_mm.codes import MODALITIES, Modality
 from tokenizers_mm.media import Audio, PictureSource, Region, SoundSource, load_picture, load_sound

@@ -8,7 +8,8 @@
           | <voken> voken_0 ... voken_N-1 </voken>      a picture that a decoder draws from hidden states
 
 `<target>` and `<input>` mark where the role changes (a sequence opens in the input role). A dropped condition
-(classifier-free guidance, arXiv 2207.12598) is one `<drop>` in place of all inputs before the first target.
+(classifier-free guidance, arXiv 2207.12598) is one `<drop>` in place of all inputs before the first target. Where an
+input has holes, `<hole>` stands in place of a code: what is known comes first, and the target is the block as a whole.
 
 Dimension key: S ids of one sequence, K codebooks, T steps.
 """
@@ -21,35 +22,13 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from anygen.documents import Document, Segment, Vokens
+from anygen.documents import Document, Holed, Segment, Vokens
 from anygen.errors import DataError
 from anygen.layout import Layout
 from anygen.vocabulary import NUM_NUMBERS, TASKS, Range, Vocabulary
 from tokenizers_mm.codes import Codes, IntArray, Modality
 
 BlockName = Literal["text", "image", "audio", "region", "voken"]
-_DEFAULT_TASKS: dict[tuple[tuple[str, ...], str], str] = {
-    (("text",), "image"): "depict",
-    (("audio",), "image"): "depict",
-    (("image",), "text"): "caption",
-    (("image",), "audio"): "caption",
-    (("text",), "audio"): "speak",
-    (("audio",), "text"): "transcribe",
-}
-
-
-def default_task(inputs: tuple[Modality, ...], target: Modality) -> str:
-    """The task that a set of inputs and the first output suggest, where the caller names none.
-
-    >>> default_task(("text",), "image"), default_task(("image", "text"), "text"), default_task((), "image")
-    ('depict', 'answer', 'continue')
-    """
-    if target == "region":
-        return "locate"
-    kinds = tuple(dict.fromkeys(inputs))
-    if not kinds or kinds == (target,):
-        return "continue"
-    return _DEFAULT_TASKS.get((kinds, target), "answer")
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +146,18 @@ class Sequencer:
                 writer.block(segment)
         return writer
 
-    def block_ids(self, codes: Codes | Vokens) -> IntArray:
+    def block_ids(self, codes: Codes | Holed | Vokens) -> IntArray:
         """One block, begin token to end token."""
         if isinstance(codes, Vokens):
             control = self.vocabulary.control
             return np.concatenate([[control("voken")], self.vocabulary.vokens_N, [control("/voken")]])
+        if isinstance(codes, Holed):
+            ids_S, known_S = (
+                self.block_ids(codes.codes),
+                self.orders[codes.codes.modality].apply(codes.known_KT * 1) > 0,
+            )
+            ids_S[-1 - len(known_S) : -1][~known_S] = self.vocabulary.control("hole")
+            return ids_S
         modality = codes.modality
         if modality in ("text", "region"):
             body = self.vocabulary.to_ids(modality, codes.codes_KT[0])
@@ -238,6 +224,7 @@ class _Reader:
         self.task: str | None = None
         control = self.vocabulary.range("control")
         self.names = {control.start + i: name for i, name in enumerate(self.vocabulary.control_names)}
+        self.hole = next((id for id, name in self.names.items() if name == "hole"), -1)
 
     def read(self) -> str | None:
         """Fill `segments`; return None at `<eos>`, otherwise what was wrong."""
@@ -282,14 +269,19 @@ class _Reader:
         body = self.ids[self.at : self.at + len(ranges)]
         starts = np.array([r.start for r in ranges[: len(body)]], dtype=np.int64)
         stops_S = np.array([r.stop for r in ranges[: len(body)]], dtype=np.int64)
-        if ((body < starts) | (body >= stops_S)).any():
+        hole_S = body == self.hole if modality in ("image", "audio") and not target else np.zeros(len(body), bool)
+        if ((body < starts) | (body >= stops_S))[~hole_S].any():
             return f"{modality} block at {self.at - 1 - num_numbers} holds ids of another kind"
         self.at += len(body)
         if len(body) < len(ranges) or self.at >= len(self.ids) or int(self.ids[self.at]) != end:
             return f"{modality} block at {self.at - 1 - num_numbers - len(body)} is not closed"
         self.at += 1
-        content = Vokens() if modality == "voken" else self._codes(modality, shape, body - starts)
-        self.segments.append(Segment("image" if modality == "voken" else modality, content, target))
+        if modality == "voken":
+            self.segments.append(Segment("image", Vokens(), target))
+            return None
+        codes = self._codes(modality, shape, np.where(hole_S, 0, body - starts))
+        known_KT = self.sequencer.orders[modality].invert(~hole_S * 1) > 0 if hole_S.any() else None
+        self.segments.append(Segment(modality, codes if known_KT is None else Holed(codes, known_KT), target))
         return None
 
     def _codes(self, modality: Modality, shape: tuple[int, ...], codes_S: IntArray) -> Codes:

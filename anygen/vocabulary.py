@@ -24,13 +24,15 @@ FORMAT = 1
 PAD_TO = 128
 NUM_NUMBERS = 256
 
-TASKS = ("depict", "caption", "speak", "transcribe", "answer", "locate", "continue")
+_FIRST_TASKS = ("depict", "caption", "speak", "transcribe", "answer", "locate", "continue")
+TASKS = (*_FIRST_TASKS, "infill")
 
 # Appended to, never reordered: an id is a position in this list. `_NUM_NAMED` keeps room for 64 of them.
 CONTROL = (
     *("pad", "bos", "eos", "input", "target", "drop"),
     *("text", "/text", "image", "/image", "audio", "/audio", "region", "/region", "voken", "/voken"),
-    *TASKS,
+    *_FIRST_TASKS,
+    *("infill", "hole"),
 )
 _NUM_NAMED = 64
 
@@ -169,7 +171,13 @@ class Vocabulary:
         return self._by_name[name]
 
     def control(self, name: str) -> int:
-        """Id of a control token, e.g. `control("eos")`."""
+        """Id of a control token, e.g. `control("eos")`.
+
+        Raises:
+            DataError: this vocabulary is of before there was one.
+        """
+        if name not in self.control_names:
+            raise DataError(f"this vocabulary has no control token {name!r}: its model was made before there was one")
         return self.range("control").start + self.control_names.index(name)
 
     @cached_property

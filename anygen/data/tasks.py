@@ -4,7 +4,8 @@ A direction is written `inputs>targets`, modalities parted by commas, with a kin
 `text>image`, `image>text,audio`, `scene:image>text`. Where a document holds sound, its text is what is said; two
 texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Some directions need more than
 modalities: `ask` (picture and question to answer), `ask_aloud` (the same, both spoken), `locate` (picture and name to
-box) and `name` (picture and box to name).
+box), `name` (picture and box to name), `infill_image` and `infill_audio` (what is known of a picture or sound, and
+mostly its text, to the whole of it).
 """
 
 from __future__ import annotations
@@ -15,23 +16,28 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
+import numpy.typing as npt
 
 from anygen.data.coded import CodedRecord, CodedStore
 from anygen.data.order import Draw, Mixture
 from anygen.data.shard_index import Has
-from anygen.documents import Document, Segment, Tokenizers, Vokens
+from anygen.documents import Document, Holed, Segment, Tokenizers, Vokens, default_task
 from anygen.errors import ConfigError
-from anygen.sequence import BlockName, default_task
-from tokenizers_mm.codes import Modality
+from anygen.sequence import BlockName
+from tokenizers_mm.codes import Codes, Modality
 from tokenizers_mm.media import Region
 
 SPECIAL = {
-    "ask": Has.QUESTIONS,
-    "ask_aloud": Has.SPOKEN_QUESTIONS,
-    "locate": Has.OBJECTS,
-    "name": Has.OBJECTS,
+    "ask": Has.PICTURE | Has.QUESTIONS,
+    "ask_aloud": Has.PICTURE | Has.SPOKEN_QUESTIONS,
+    "locate": Has.PICTURE | Has.OBJECTS,
+    "name": Has.PICTURE | Has.OBJECTS,
+    "infill_image": Has.PICTURE,
+    "infill_audio": Has.UTTERANCES,
 }
-"""Direction -> what a record must hold for it beside a picture."""
+"""Direction -> what a record must hold for it."""
+_TEXT_SHARE = 0.8
+"""Of infilling examples; the others teach to go by what is known alone."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Direction:
     def needs(self) -> Has:
         """What a record must hold for this direction."""
         if self.special:
-            return Has.PICTURE | SPECIAL[self.special]
+            return SPECIAL[self.special]
         modalities = {*self.inputs, *self.targets}
         needs = Has.PICTURE if modalities & {"image", "voken"} else Has(0)
         if "audio" in modalities:  # the text is what is said
@@ -99,6 +105,35 @@ class Direction:
         return (texts * 2)[:2]
 
 
+def _infill(special: str, record: CodedRecord, generator: random.Random) -> Document:
+    """What is known, then the text, then the whole: as `anygen.editing` asks for it."""
+    if special == "infill_audio":
+        utterance = generator.choice(record.utterances)
+        whole, texts = utterance.codes, [utterance.text]
+    else:
+        assert record.picture is not None, "directions are given the records that they need"
+        whole, texts = record.picture, list(record.captions)
+    inputs: list[tuple[Modality, Any]] = [(whole.modality, Holed(whole, known_at_random(whole, generator)))]
+    if texts and generator.random() < _TEXT_SHARE:
+        inputs.append(("text", generator.choice(texts)))
+    segments = [Segment(modality, content) for modality, content in inputs]
+    return Document((*segments, Segment(whole.modality, whole, target=True)), "infill")
+
+
+def known_at_random(codes: Codes, generator: random.Random) -> npt.NDArray[np.bool_]:
+    """K x T: False in a rectangle of a picture or a span of a sound, of any size from one code to all."""
+    rows, columns = codes.grid_hw or (1, codes.num_steps)
+    known = np.ones((rows, columns), bool)
+    known[_span(rows, generator), _span(columns, generator)] = False
+    return np.broadcast_to(known.ravel(), codes.codes_KT.shape)
+
+
+def _span(length: int, generator: random.Random) -> slice:
+    size = generator.randint(min(1, length), length)
+    start = generator.randint(0, length - size)
+    return slice(start, start + size)
+
+
 def _modality_of(block: BlockName) -> Modality:
     return "image" if block == "voken" else block
 
@@ -113,6 +148,8 @@ def _special(name: str, record: CodedRecord, generator: random.Random) -> Docume
     if name == "locate":
         thing, region = generator.choice(_unique(record.objects))
         return _about(record, ("text", thing), ("region", region), "locate")
+    if name.startswith("infill_"):
+        return _infill(name, record, generator)
     assert name == "name", name
     thing, region = generator.choice(record.objects)
     return _about(record, ("region", region), ("text", thing), "answer")

@@ -5,7 +5,8 @@ share one product. With guidance a sample has a second row that read the prompt 
 follows the same ids.
 
 Vokens are not chosen: where a voken block is begun, its begin token and all vokens are read in one pass, and the hidden
-states at the vokens are kept (MiniGPT-5, arXiv 2310.02239).
+states at the vokens are kept (MiniGPT-5, arXiv 2310.02239). Nor are known codes of a picture or sound that is edited: a
+run of them is read together with the id before it.
 
 Dimension key: B rows of one group, A allowed ids.
 """
@@ -115,7 +116,7 @@ class _Batch:
         return pairs
 
     def push_forced(self) -> list[tuple[int, int]]:
-        """Add the next voken of every sample that is inside a voken block."""
+        """Add the next id of every sample where it is a voken or a known code."""
         pairs = [(index, forced[0]) for index in self.active if (forced := self.states[index].walk.forced)]
         for index, id in pairs:
             self.states[index].ids.append(id)
@@ -168,6 +169,6 @@ class _Batch:
         ids_BW = torch.tensor([window + window[-1:] * (width - len(window)) for window in windows])
         hidden_BWD = self.engine.extend(ids_BW, self.cache, counts_B)
         for place, index in enumerate(self.active):
-            if counts_B[place] > 1:
+            if counts_B[place] > 1 and self.states[index].walk.writes_vokens:
                 self.states[index].vokens.append(hidden_BWD[place, 1 : int(counts_B[place])].clone())
         return hidden_BWD[torch.arange(len(windows)), counts_B - 1]

@@ -95,6 +95,8 @@ def document_lengths(config: PretrainConfig, facts: TokenizerFacts, kept: int) -
         "region": 4,
     }
     special = {"ask": ("image", "text", "text"), "locate": ("image", "text", "region")}
+    special |= {"ask_aloud": ("image", "audio", "audio"), "name": ("image", "region", "text")}
+    special |= {f"infill_{modality}": (modality, "text", modality) for modality in ("image", "audio")}
     lengths = {}
     for name in config.mixture:
         direction = Direction.parse(name)

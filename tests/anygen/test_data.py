@@ -20,7 +20,8 @@ from anygen.data.coded import CodedRecord, CodedStore, CodedUtterance, write_cod
 from anygen.data.order import Mixture, Permutation
 from anygen.data.records import Record, RecordStore, Utterance, write_shard
 from anygen.data.sources import FolderSource, WebDatasetSource, flac_of, png_of, split_by_key
-from anygen.data.tasks import Direction, DocumentStream
+from anygen.data.tasks import Direction, DocumentStream, known_at_random
+from anygen.documents import Holed
 from anygen.errors import AnyGenError, CheckpointError, ConfigError, DataError
 from anygen.stages.data import DataConfig
 from anygen.stages.data import main as make_data
@@ -575,6 +576,29 @@ def test_documents_hold_what_belongs_together() -> None:
     assert located.segments[2].content in [region for _, region in CODED[1].objects] and located.task == "locate"
 
 
+@pytest.mark.parametrize(("name", "words"), [("infill_image", {"a cat", "cat"}), ("infill_audio", {"a cat"})])
+def test_infilling_goes_from_what_is_known_and_mostly_the_text_to_the_whole(name: str, words: set[str]) -> None:
+    direction, shares, texts = Direction.parse(name), set(), []
+    for seed in range(200):
+        document = direction.document(CODED[0], random.Random(seed))
+        holed, target = document.segments[0].content, document.segments[-1]
+        assert isinstance(holed, Holed) and document.task == "infill" and target.target
+        assert holed == Holed(target.codes, holed.known_KT), "the known codes are the target's"
+        assert (holed.known_KT == holed.known_KT[0]).all(), "what is missing is missing in every codebook"
+        shares.add(int((~holed.known_KT[0]).sum()))
+        texts += [str(s.content) for s in document.segments[1:-1]]
+    assert shares == ({1, 2, 4} if name == "infill_image" else {1, 2}), "rectangles and spans of every size"
+    assert set(texts) == words and 130 < len(texts) < 190
+
+
+def test_what_is_missing_of_a_picture_is_a_rectangle() -> None:
+    codes = Codes(np.zeros((2, 35), int), "image", (5, 7))
+    for seed in range(100):
+        missing = ~known_at_random(codes, random.Random(seed))[0].reshape(5, 7)
+        assert missing.any() and np.array_equal(missing, np.outer(missing.any(1), missing.any(0)))
+    assert known_at_random(Codes(np.zeros((2, 0), int), "audio"), random.Random(0)).shape == (2, 0)
+
+
 def test_directions_know_which_records_they_fit(tmp_path: Path) -> None:
     write_coded_shard(tmp_path / "s", CODED, facts={})
     store = CodedStore([tmp_path / "s"], facts={})
@@ -584,6 +608,9 @@ def test_directions_know_which_records_they_fit(tmp_path: Path) -> None:
         "text>audio": [0],
         "ask": [1],
         "locate": [1],
+        "infill_image": [0, 1],
+        "scene:infill_image": [1],
+        "infill_audio": [0],
         "text>text": [0, 1, 2],
         ">image": [0, 1],
         "emoji:image>text,audio": [0],

@@ -15,6 +15,7 @@ from anygen.grammar import Block, Grammar, Plan
 from anygen.layout import Layout
 from anygen.sequence import Sequencer
 from anygen.vocabulary import Vocabulary
+from tokenizers_mm.codes import Modality
 
 VOCABULARY = Vocabulary.create(text=300, image=(1, 64), audio=(2, 32), region=100)
 LAYOUT = Layout(
@@ -155,3 +156,22 @@ def test_text_never_contains_the_unknown_piece_or_any_other_range() -> None:
 def test_prompts_are_never_part_of_the_walk() -> None:
     prompt = SEQUENCER.prompt(Document((), "depict"))
     assert prompt.tolist() == [VOCABULARY.control(n) for n in ("bos", "depict", "target")]
+
+
+@pytest.mark.parametrize(("modality", "shape", "count"), [("image", (3, 4), 12), ("audio", (0, 5), 10)])
+def test_known_codes_are_the_only_ones_allowed_and_are_told_in_runs(
+    modality: Modality, shape: tuple[int, ...], count: int
+) -> None:
+    ranges, random = SEQUENCER.body_ranges(modality, shape), np.random.default_rng(0)
+    for share in (0.0, 0.3, 1.0):
+        known = tuple(int(random.integers(r.start, r.stop)) if random.random() < share else -1 for r in ranges)
+        plan = Plan((Block("text"), Block(modality, shape, known=known)))
+        ids = random_walk(plan, GRAMMAR.smallest_budget(plan) + 7, random)
+        body = ids[-2 - count : -2]
+        assert all(k in (-1, id) for k, id in zip(known, body, strict=True))
+        walk = GRAMMAR.start(plan, GRAMMAR.smallest_budget(plan) + 7)
+        for place, id in enumerate(ids):
+            at = place - (len(ids) - 2 - count)
+            run = tuple(itertools.takewhile(lambda k: k >= 0, known[at:])) if at >= 0 else ()
+            assert walk.forced == run
+            walk.push(id)

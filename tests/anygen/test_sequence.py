@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anygen.documents import Document, Segment
+from anygen.documents import Document, Holed, Segment, default_task
 from anygen.errors import CheckpointError, DataError
 from anygen.grammar import Block, Grammar, Plan
 from anygen.layout import Layout
-from anygen.sequence import Sequencer, default_task
-from anygen.vocabulary import TASKS, Vocabulary
+from anygen.sequence import Sequencer
+from anygen.vocabulary import CONTROL, TASKS, Vocabulary
 from tokenizers_mm.codes import Codes
 
 VOCABULARY = Vocabulary.create(text=300, image=(1, 64), audio=(3, 32), region=100, voken=4)
@@ -162,3 +165,41 @@ def test_the_grammar_accepts_everything_that_build_writes(document: Document) ->
     for id in ids:
         walk.push(int(id))
     assert walk.done
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 10**6), st.booleans())
+def test_holes_are_written_in_place_of_codes_and_read_back(
+    layout: Layout, rows: int, columns: int, seed: int, is_sound: bool
+) -> None:
+    sequencer, random = Sequencer(VOCABULARY, layout), np.random.default_rng(seed)
+    modality: Any = "audio" if is_sound else "image"
+    order = layout.orders[modality]
+    codes_KT = random.integers(0, 32, (order.num_kept, rows * columns))
+    codes = Codes(codes_KT, modality, None if is_sound else (rows, columns))
+    holed = Holed(codes, random.random(codes_KT.shape) < 0.5)
+    document = Document((Segment(modality, holed), Segment(modality, codes, target=True)), "infill")
+    sequence = sequencer.build(document)
+    hole = VOCABULARY.control("hole")
+    assert (sequence.ids_S == hole).sum() == (~holed.known_KT).sum()
+    assert not (sequence.ids_S[sequence.target_S] == hole).any()
+    parsed = sequencer.parse(sequence.ids_S)
+    expected = (
+        document if not holed.known_KT.all() else Document((Segment(modality, codes), document.segments[1]), "infill")
+    )
+    assert parsed.complete and parsed.document == expected
+
+
+def test_holes_belong_into_inputs_and_need_a_vocabulary_that_has_them() -> None:
+    sequencer = Sequencer(VOCABULARY, LAYOUTS[0])
+    codes = Codes(np.array([[1, 2]]), "image", (1, 2))
+    holed = Holed(codes, np.array([[True, False]]))
+    assert holed == Holed(Codes(np.array([[1, 9]]), "image", (1, 2)), holed.known_KT) != Holed(codes, ~holed.known_KT)
+    parsed = sequencer.parse(sequencer.build(Document((Segment("image", holed, target=True),), "infill")).ids_S)
+    assert not parsed.complete and "ids of another kind" in str(parsed.problem)
+    older = Sequencer(dataclasses.replace(VOCABULARY, control_names=CONTROL[: CONTROL.index("infill")]), LAYOUTS[0])
+    assert older.parse(older.build(Document((Segment("image", codes, target=True),), "depict")).ids_S).complete
+    for document in (Document((Segment("image", holed),)), Document((), "infill")):
+        with pytest.raises(DataError, match="before there was one"):
+            older.prompt(document)
