@@ -56,6 +56,8 @@ class CodedRecord:
     objects: tuple[tuple[str, Region], ...] = ()
     questions: tuple[tuple[str, str], ...] = ()
     spoken_questions: tuple[tuple[CodedUtterance, CodedUtterance], ...] = ()
+    story: tuple[str | Codes, ...] = ()
+    """Texts and pictures that follow one another."""
 
 
 def write_coded_shard(folder: Path, records: Iterable[CodedRecord], *, facts: dict[str, Any]) -> int:
@@ -104,6 +106,8 @@ def _row(record: CodedRecord, put: Callable[[Codes], list[int]]) -> dict[str, An
     }
     if record.spoken_questions:  # rows without them stay byte for byte what they were
         row["spoken_questions"] = [[[u.text, u.voice, put(u.codes)] for u in pair] for pair in record.spoken_questions]
+    if record.story:
+        row["story"] = [part if isinstance(part, str) else put(part) for part in record.story]
     return row
 
 
@@ -263,6 +267,7 @@ class _OpenShard:
             tuple((name, Region(tuple(values))) for name, values in row["objects"]),
             tuple((question, answer) for question, answer in row["questions"]),
             tuple((self._utterance(*asked), self._utterance(*told)) for asked, told in row.get("spoken_questions", ())),
+            tuple(part if isinstance(part, str) else self._get(part, "image") for part in row.get("story", ())),
         )
 
     def _utterance(self, text: str, voice: str, place: list[int]) -> CodedUtterance:

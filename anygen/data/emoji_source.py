@@ -10,6 +10,7 @@ from pydantic import Field
 
 from anygen.data.emoji_names import captions
 from anygen.data.emoji_pictures import Emoji, EmojiFont, on_white
+from anygen.data.emoji_stories import make_story
 from anygen.data.records import Record, Utterance
 from anygen.data.scenes import is_countable, make_scene
 from anygen.data.source import Items, Source, SourceConfig, SplitName, flac_of, png_of
@@ -30,6 +31,8 @@ class EmojiSource(SourceConfig):
     """Scenes in all; every 20th goes to validation, every 20th to test."""
     spoken_scene_share: float = Field(0.0, ge=0, le=1, exclude_if=lambda share: not share)
     """Share of the scenes whose questions are asked and answered aloud, each scene by one of `voices`."""
+    num_stories: int = Field(0, ge=0, exclude_if=lambda count: count == 0)
+    """Stories of two to four scenes; every 20th goes to validation, every 20th to test."""
     max_emoji: int | None = Field(None, ge=1)
     """Take only this many emoji, spread over the whole list; None takes all."""
     seed: int = 0
@@ -51,6 +54,13 @@ class _Spoken:
     voices: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Told:
+    """A story, by number."""
+
+    index: int
+
+
 class _EmojiWorld:
     def __init__(self, config: EmojiSource) -> None:
         check_voices((*config.voices, *config.unheard_voices))
@@ -69,11 +79,14 @@ class _EmojiWorld:
             items[emoji.split].append(_Spoken(emoji, self.config.voices))
             items["unheard"].append(_Spoken(emoji, self.config.unheard_voices))
         for index in range(self.config.num_scenes):
-            split: SplitName = {0: "test", 1: "validation"}.get(index % 20, "train")  # type: ignore[assignment]
-            items[split].append(index)
+            items[_split_of(index)].append(index)
+        for index in range(self.config.num_stories):
+            items[_split_of(index)].append(_Told(index))
         return items
 
-    def record(self, item: _Spoken | int) -> Record:
+    def record(self, item: _Spoken | _Told | int) -> Record:
+        if isinstance(item, _Told):
+            return self._story(item.index)
         return self._scene(item) if isinstance(item, int) else self._emoji(item)
 
     def _emoji(self, item: _Spoken) -> Record:
@@ -97,12 +110,24 @@ class _EmojiWorld:
             self._spoken(index, scene.questions),
         )
 
+    def _story(self, index: int) -> Record:
+        generator = np.random.default_rng([self.config.seed, index, 2])  # apart from the scenes
+        story = make_story(self.things, self.font, side_px=self.config.side_px, generator=generator)
+        return Record(
+            f"story-{index:07d}", "story", story=tuple(part for text, scene in story for part in (text, png_of(scene)))
+        )
+
     def _spoken(self, index: int, questions: tuple[tuple[str, str], ...]) -> tuple[tuple[Utterance, Utterance], ...]:
         chance = np.random.default_rng([self.config.seed, index, 1])  # apart from what draws the scene
         if chance.random() >= self.config.spoken_scene_share:
             return ()
         voice = self.config.voices[int(chance.integers(len(self.config.voices)))]
         return tuple((_utterance(question, voice), _utterance(answer, voice)) for question, answer in questions)
+
+
+def _split_of(index: int) -> SplitName:
+    splits: dict[int, SplitName] = {0: "test", 1: "validation"}
+    return splits.get(index % 20, "train")
 
 
 def _utterance(text: str, voice: str) -> Utterance:

@@ -99,7 +99,7 @@ class _Folder:
             return Record(key, "pair", captions, None, (Utterance(text, voice, flac_of(load_sound(path))),))
         if ending not in PICTURE_ENDINGS:
             raise InputError(f"only pictures and {', '.join(SOUND_TYPES)} sounds are read")
-        return Record(key, "pair", captions, _shrunk(path, self.config.picture_side_px))
+        return Record(key, "pair", captions, shrunk_png(path, self.config.picture_side_px))
 
 
 def _metadata_rows(path: Path) -> list[Row]:
@@ -165,7 +165,8 @@ def _is_utf8(name: str) -> bool:
     return True
 
 
-def _shrunk(path: Path, side_px: int | None) -> bytes:
+def shrunk_png(path: Path, side_px: int | None) -> bytes:
+    """A picture as PNG, its longer side at most `side_px`; raises InputError where it cannot be read."""
     if side_px is None:
         return png_of(load_picture(path))
     picture = load_picture(path, max_side_px=2 * side_px)  # twice, so that the last, exact step is a clean one

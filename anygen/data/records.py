@@ -3,9 +3,9 @@
 A record is everything that says the same thing: a picture, captions, spoken utterances, placed objects, questions. In
 a shard it is `{key}.json` (captions and the rest), `{key}.png` (or .jpg, .webp) and one `{key}.{voice}.flac` (or
 .wav, .ogg) an utterance; questions and answers that are spoken are `{key}.asked:0:{voice}.flac` and
-`{key}.answered:0:{voice}.flac`. Shards of other tools are read as they are: `{key}.txt` is a caption, `{key}.wav` an
-utterance of that text; where there is no other caption, `{key}.cls` is one, unless it is only a number. Members of
-other types are not read.
+`{key}.answered:0:{voice}.flac`, and the pictures of a story `{key}.story-0.png` and so on. Shards of other tools are
+read as they are: `{key}.txt` is a caption, `{key}.wav` an utterance of that text; where there is no other caption,
+`{key}.cls` is one, unless it is only a number. Members of other types are not read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_MEMBERS = 1_000_000
 _MEMBER = re.compile(
     r"^(?:\./)?(?P<key>[\w-]{1,200})\.(?P<field>(?:[\w+:-]{1,80}\.)?(?P<type>png|jpg|jpeg|webp|flac|wav|ogg|txt|cls|json))$"
 )
-_ASKED, _ANSWERED = "asked:", "answered:"
+_ASKED, _ANSWERED, _STORY = "asked:", "answered:", "story-"
 _HIDDEN_OR_UNREAD = re.compile(r"^(?:\./)?(?:[\w-]{1,200}(?:\.[\w+:-]{1,80}){1,8}|\.[\w+:-][\w.+:-]{0,199})$")
 """What a shard may hold beside what is read: `{key}.npy`, `{key}.seg.pth`, `.nfs0001`; no folder and no `..`."""
 
@@ -65,6 +65,8 @@ class Record:
     """(question, answer) about the picture."""
     spoken_questions: tuple[tuple[Utterance, Utterance], ...] = ()
     """The same, spoken; apart from `utterances`, which say what the whole record says."""
+    story: tuple[str | bytes, ...] = field(default=(), repr=False)
+    """Texts and encoded pictures that follow one another; apart from `captions` and `picture`."""
 
 
 def write_shard(path: Path, records: Iterable[Record]) -> int:
@@ -97,6 +99,10 @@ def _members(record: Record) -> Iterator[tuple[str, bytes]]:
     }
     if spoken:  # other shards stay byte for byte what they were
         facts["spoken_questions"] = [[{"text": u.text, "voice": u.voice} for u in p] for p in record.spoken_questions]
+    pictures = [part for part in record.story if isinstance(part, bytes)]
+    if record.story:  # a text, or a picture's number
+        numbers = iter(range(len(pictures)))
+        facts["story"] = [part if isinstance(part, str) else next(numbers) for part in record.story]
     yield f"{record.key}.json", json.dumps(facts, ensure_ascii=False).encode()
     if record.picture is not None:
         yield f"{record.key}.{_picture_type(record.picture)}", record.picture
@@ -104,6 +110,8 @@ def _members(record: Record) -> Iterator[tuple[str, bytes]]:
         yield f"{record.key}.{utterance.voice}.flac", utterance.sound
     for name, utterance in spoken.items():
         yield f"{record.key}.{name}.flac", utterance.sound
+    for number, picture in enumerate(pictures):
+        yield f"{record.key}.{_STORY}{number}.{_picture_type(picture)}", picture
 
 
 def _picture_type(data: bytes) -> str:
@@ -135,8 +143,8 @@ class RecordStore:
         return [key for _, key, _ in self._entries]
 
     def has_picture(self, index: int) -> bool:
-        """True where a record has a picture; reads nothing."""
-        return any(name.split(".")[-1] in PICTURE_TYPES for name in self._entries[index][2])
+        """True where a record has a picture of its own, not only a story's; reads nothing."""
+        return any(_is_picture(name) for name in self._entries[index][2])
 
     def num_sounds(self, index: int) -> int:
         """Utterances of a record; reads nothing."""
@@ -146,7 +154,7 @@ class RecordStore:
     def picture(self, index: int) -> bytes | None:
         """The encoded picture of a record; its sounds are not read."""
         path, _, members = self._entries[index]
-        place = next((place for name, place in members.items() if name.split(".")[-1] in PICTURE_TYPES), None)
+        place = next((place for name, place in members.items() if _is_picture(name)), None)
         if place is None:
             return None
         with path.open("rb") as file:
@@ -159,6 +167,10 @@ class RecordStore:
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
+
+
+def _is_picture(name: str) -> bool:
+    return name.split(".")[-1] in PICTURE_TYPES and not name.startswith(_STORY)
 
 
 def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -225,14 +237,21 @@ def _read_record(path: Path, key: str, fields: dict[str, bytes]) -> Record:
             key,
             str(facts.get("kind", "pair")),
             tuple(captions),
-            next((data for name, data in fields.items() if name.split(".")[-1] in PICTURE_TYPES), None),
+            next((data for name, data in fields.items() if _is_picture(name)), None),
             tuple(Utterance(str(u["text"]), str(u["voice"]), sounds[u["voice"]]) for u in spoken),
             tuple((str(o["name"]), Region(tuple(o["region"]))) for o in facts.get("objects", ())),
             tuple((str(q), str(a)) for q, a in facts.get("questions", ())),
             tuple(_spoken_pair(number, pair, sounds) for number, pair in enumerate(facts.get("spoken_questions", ()))),
+            tuple(_story_part(part, fields) for part in facts.get("story", ())),
         )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: record {key!r} is broken: {type(error).__name__}: {error}") from error
+
+
+def _story_part(part: Any, fields: dict[str, bytes]) -> str | bytes:
+    if isinstance(part, str):
+        return part
+    return {name.rpartition(".")[0]: data for name, data in fields.items()}[f"{_STORY}{int(part)}"]
 
 
 def _spoken_pair(number: int, pair: Any, sounds: dict[str, bytes]) -> tuple[Utterance, Utterance]:

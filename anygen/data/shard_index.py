@@ -35,6 +35,7 @@ class Has(IntFlag):
     QUESTIONS = 8
     OBJECTS = 16
     SPOKEN_QUESTIONS = 32
+    STORY = 64
 
 
 def has_of(row: Mapping[str, Any]) -> Has:

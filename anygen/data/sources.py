@@ -1,4 +1,4 @@
-"""Where records come from: the emoji world, a folder of pictures and sounds, or WebDataset tars."""
+"""Where records come from: the emoji world, a folder of pictures and sounds, stories, or WebDataset tars."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from anygen.data.emoji_source import EmojiSource
 from anygen.data.folder_source import FolderSource
 from anygen.data.records import Record, RecordStore
 from anygen.data.source import Items, Source, SourceConfig, SplitName, flac_of, png_of, split_by_key
+from anygen.data.stories_source import StoriesSource
 from anygen.errors import DataError, InputError
 from tokenizers_mm.codes import fingerprint_of
 from tokenizers_mm.media import load_picture, load_sound
@@ -24,6 +25,7 @@ __all__ = [
     "Source",
     "SourceConfig",
     "SplitName",
+    "StoriesSource",
     "WebDatasetSource",
     "flac_of",
     "png_of",
@@ -51,7 +53,7 @@ class WebDatasetSource(SourceConfig):
         return _WebDataset(self)
 
 
-AnySource = Annotated[EmojiSource | FolderSource | WebDatasetSource, Field(discriminator="kind")]
+AnySource = Annotated[EmojiSource | FolderSource | StoriesSource | WebDatasetSource, Field(discriminator="kind")]
 
 
 class _WebDataset:
@@ -74,8 +76,9 @@ class _WebDataset:
     def record(self, item: int) -> Record:
         record = self.store[item]
         try:
-            if record.picture is not None:
-                load_picture(record.picture)
+            for picture in (record.picture, *record.story):
+                if isinstance(picture, bytes):
+                    load_picture(picture)
             for utterance in (*record.utterances, *(u for pair in record.spoken_questions for u in pair)):
                 load_sound(utterance.sound)
         except InputError as error:

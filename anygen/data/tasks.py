@@ -5,7 +5,7 @@ A direction is written `inputs>targets`, modalities parted by commas, with a kin
 texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Some directions need more than
 modalities: `ask` (picture and question to answer), `ask_aloud` (the same, both spoken), `locate` (picture and name to
 box), `name` (picture and box to name), `infill_image` and `infill_audio` (what is known of a picture or sound, and
-mostly its text, to the whole of it).
+mostly its text, to the whole of it). `story>...` continues a story; see `anygen.data.story_tasks`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from anygen.data.coded import CodedRecord, CodedStore
 from anygen.data.order import Draw, Mixture
 from anygen.data.shard_index import Has
+from anygen.data.story_tasks import STORY, story_document
 from anygen.documents import Document, Holed, Segment, Tokenizers, Vokens, default_task
 from anygen.errors import ConfigError
 from anygen.sequence import BlockName
@@ -65,16 +66,21 @@ class Direction:
         if rest in SPECIAL:
             return cls((), (), kind, rest)
         inputs, arrow, targets = rest.partition(">")
+        special, inputs = (inputs, "") if inputs in STORY else ("", inputs)
         sides = [tuple(m for m in side.split(",") if m) for side in (inputs, targets)]
         if not arrow or not sides[1] or any(m not in get_args(BlockName) for side in sides for m in side):
             raise ConfigError(
                 f"{text!r} is not a direction; write inputs>targets (image>text,audio) or one of {tuple(SPECIAL)}"
             )
-        return cls(sides[0], sides[1], kind)  # type: ignore[arg-type]
+        if special and not set(sides[1]) <= set(STORY[special]):
+            raise ConfigError(f"{text!r} is not a direction: {special} leads to {', '.join(STORY[special])} only")
+        return cls(sides[0], sides[1], kind, special)  # type: ignore[arg-type]
 
     @property
     def needs(self) -> Has:
         """What a record must hold for this direction."""
+        if self.special in STORY:
+            return Has.STORY
         if self.special:
             return SPECIAL[self.special]
         modalities = {*self.inputs, *self.targets}
@@ -85,6 +91,8 @@ class Direction:
 
     def document(self, record: CodedRecord, generator: random.Random) -> Document:
         """One document of this direction, with the record's other choices (phrasing, voice) drawn from `generator`."""
+        if self.special in STORY:
+            return story_document(record, self.special, self.targets, generator)
         if self.special:
             return _special(self.special, record, generator)
         content: dict[BlockName, list[Any]] = {"image": [record.picture] * 2, "text": self._texts(record, generator)}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from anygen.codebooks import CodebookOrder
+from anygen.data.story_tasks import STORY
 from anygen.data.tasks import Direction
 from anygen.model.causal import qwen3_config
 from anygen.model.cost import TrainingCost
@@ -25,8 +26,9 @@ from anygen.stages.weighing import BYTES_PER_PARAMETER, counting_saved, figure, 
 from anygen.vocabulary import Vocabulary
 from tokenizers_mm import compat  # noqa: F401  before transformers
 
-TEXT_IDS, SOUND_S, CONTROL_IDS = 32, 5.0, 6
-"""Assumed of a document: ids of a text, seconds of a sound, control ids of a block with its share of the document's."""
+TEXT_IDS, SOUND_S, CONTROL_IDS, STORY_STEPS = 32, 5.0, 6, 5
+"""Assumed of a document: ids of a text, seconds of a sound, control ids of a block with its share of the document's,
+steps of a story."""
 PEAK_FLOPS, SHARE_OF_PEAK = 989e12, 0.4
 """H100 SXM or H200 in bf16, and the share of it that a billion parameters reach (MFU)."""
 SHARDS = 8
@@ -71,7 +73,7 @@ def weigh_pretrain(config: PretrainConfig, recipe: Path | None) -> dict[str, Any
             "embeddings": num_parameters(model) - num_parameters(model.model.layers) - num_parameters(model.model.norm),
             "in matrix products": cost.matrices + cost.head,
         },
-        "assumed": f"texts of {TEXT_IDS} ids, sounds of {SOUND_S:g} s or the longest allowed",
+        "assumed": f"texts of {TEXT_IDS} ids, sounds of {SOUND_S:g} s (or the longest), stories of {STORY_STEPS} steps",
         "ids of a document": lengths,
         "steps": config.loop.steps,
         "ids per step": per_step,
@@ -93,10 +95,16 @@ def document_lengths(config: PretrainConfig, facts: TokenizerFacts, kept: int) -
         "image": facts.image[0] * facts.grid_hw[0] * facts.grid_hw[1],
         "audio": kept * round(seconds * facts.rate_hz),
         "region": 4,
+        "voken": config.vokens,
     }
-    special = {"ask": ("image", "text", "text"), "locate": ("image", "text", "region")}
-    special |= {"ask_aloud": ("image", "audio", "audio"), "name": ("image", "region", "text")}
-    special |= {f"infill_{modality}": (modality, "text", modality) for modality in ("image", "audio")}
+    special = dict.fromkeys(STORY, ("text", "image") * STORY_STEPS) | {
+        "ask": ("image", "text", "text"),
+        "ask_aloud": ("image", "audio", "audio"),
+        "locate": ("image", "text", "region"),
+        "name": ("image", "text", "region"),
+        "infill_image": ("image", "text", "image"),
+        "infill_audio": ("audio", "text", "audio"),
+    }
     lengths = {}
     for name in config.mixture:
         direction = Direction.parse(name)

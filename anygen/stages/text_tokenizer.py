@@ -48,3 +48,4 @@ def texts_of(store: RecordStore) -> Iterator[str]:
             yield question
             yield answer
         yield from (name for name, _ in record.objects)
+        yield from (part for part in record.story if isinstance(part, str))

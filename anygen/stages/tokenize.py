@@ -147,7 +147,10 @@ def _encode(store: RecordStore, image: ImageTokenizer | None, audio: AudioTokeni
         for start in range(0, len(store), _BATCH):
             records = [store[index] for index in range(start, min(start + _BATCH, len(store)))]
             codes = iter(_encode_sounds(records, audio, pool)) if audio is not None else iter(())
-            for record, picture in zip(records, _encode_pictures(records, image), strict=True):
+            pictures = iter(_encode_pictures(records, image))
+            for record in records:
+                picture = next(pictures) if record.picture is not None and image is not None else None
+                story = _coded_story(record.story, pictures) if image is not None else ()
                 coded = [CodedUtterance(u.text, u.voice, next(codes)) for u in _spoken(record) if audio is not None]
                 dialogue = coded[len(record.utterances) :]
                 yield CodedRecord(
@@ -159,7 +162,12 @@ def _encode(store: RecordStore, image: ImageTokenizer | None, audio: AudioTokeni
                     record.objects,
                     record.questions,
                     tuple(zip(dialogue[::2], dialogue[1::2], strict=True)),
+                    story,
                 )
+
+
+def _coded_story(story: tuple[str | bytes, ...], pictures: Iterator[Codes]) -> tuple[str | Codes, ...]:
+    return tuple(part if isinstance(part, str) else next(pictures) for part in story)
 
 
 def _spoken(record: Record) -> list[Utterance]:
@@ -183,16 +191,17 @@ def _encode_sounds(records: list[Record], audio: AudioTokenizer, pool: Executor)
     return [found[place] for place in range(len(sounds))]
 
 
-def _encode_pictures(records: list[Record], image: ImageTokenizer | None) -> list[Codes | None]:
-    codes: list[Codes | None] = [None] * len(records)
-    places = [place for place, record in enumerate(records) if record.picture is not None and image is not None]
-    if not places or image is None:
-        return codes
+def _encode_pictures(records: list[Record], image: ImageTokenizer | None) -> list[Codes]:
+    """Codes of every picture in order: of each record its own, then its story's."""
+    data = [part for record in records for part in (record.picture, *record.story) if isinstance(part, bytes)]
+    if not data or image is None:
+        return []
     side = image.config.side_px
-    loaded = [
-        load_picture(picture, max_side_px=side) for place in places if (picture := records[place].picture) is not None
+    loaded = [square(load_picture(picture, max_side_px=side), side) for picture in data]
+    encoded = [
+        image.encode_pixels(torch.stack([to_pixels(picture) for picture in loaded[start : start + _BATCH]]))
+        for start in range(0, len(loaded), _BATCH)
     ]
-    encoded = image.encode_pixels(torch.stack([to_pixels(square(picture, side)) for picture in loaded]))
-    for place, found in zip(places, encoded, strict=True):
-        codes[place] = Codes(found.reshape(image.num_codebooks, -1).numpy(), "image", image.grid_hw)
-    return codes
+    return [
+        Codes(found.reshape(image.num_codebooks, -1).numpy(), "image", image.grid_hw) for found in torch.cat(encoded)
+    ]

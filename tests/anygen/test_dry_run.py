@@ -66,6 +66,13 @@ def test_the_base_family_has_the_sizes_that_its_headers_say(
     assert 20 <= facts["ids in all"] / facts["parameters"]["all"] <= 30, "about 20 ids a parameter (Chinchilla)"
 
 
+def test_documents_of_every_kind_of_direction_have_a_length(tmp_path: Path) -> None:
+    mixture = "{text>image: 1, text>voken: 1, ask: 1, ask_aloud: 1, locate: 1, name: 1, story>image: 1, 'story,image>text': 1}"
+    lengths = weighed("nano/pretrain.yaml", tmp_path, f"mixture={mixture}")["ids of a document"]
+    assert len(lengths) == 8 and lengths["story>image"] > 4 * lengths["text>image"] > 4 * lengths["text>voken"]
+    assert lengths["ask_aloud"] > lengths["ask"] > lengths["locate"] == lengths["name"] > lengths["text>voken"]
+
+
 @pytest.mark.parametrize("name", ["smoke/pretrain.yaml", "nano/pretrain.yaml"])
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_parameters_are_those_of_the_real_model(name: str, tied: str, tmp_path: Path) -> None:
