@@ -1,15 +1,21 @@
-"""A Qwen3 checkpoint reduced to what sampling needs: prefill, step, and the output rows that matter.
+"""A Qwen3 checkpoint reduced to what sampling needs: prefill, step, extend, and the output rows that matter.
 
-It reads the weights of a `Qwen3ForCausalLM` (fused into fewer products) and keeps keys and values in preallocated
-memory. Rows stand at different positions; nothing is padded but the cache. transformers' own forward pass is the
-reference: same logits, same greedy ids.
+It reads the weights of a `Qwen3ForCausalLM` (`anygen.sampling.weights`) and keeps keys and values in preallocated
+memory (`anygen.sampling.cache`). Rows stand at different positions; nothing is padded but the cache. transformers' own
+forward pass is the reference: same logits, same greedy ids.
+
+All passes go through the same blocks; they differ in the attention that they hand in. Activations and, on a CPU, the
+cache are fp32 whatever the type of the weights: attention of one query over bf16 keys is four times slower there.
 
 Dimension key: B rows, T packed prompt ids, W ids of a window, M packed ids of any of them, D width, H query heads, G
-key/value heads, E head width, N cache length, V vocabulary.
+key/value heads, R = H / G, E head width, F pairs of a head, C = 2 G E numbers of a position in the cache, N cache
+length, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,123 +24,113 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anygen.model.attention import Segments, attend
+from anygen.sampling.cache import Cache as Cache
+from anygen.sampling.linear import Linear
+from anygen.sampling.weights import Layer, read_layer, rotations
 from tokenizers_mm.codes import IntArray
+
+Attention = Callable[[int, Tensor], Tensor]
+"""From the number of a layer and its queries, keys and values (M x (H + 2 G) x E, rotated) to M x (H E)."""
+_FEWEST_PACKED = 256
 
 
 @dataclass(frozen=True)
-class _Layer:
-    norm1_D: Tensor
-    qkv: Tensor
-    q_norm_E: Tensor
-    k_norm_E: Tensor
-    out: Tensor
-    norm2_D: Tensor
-    gate_up: Tensor
-    down: Tensor
+class Window:
+    """Where the ids of a step or a window stand, in the cache and among the rows."""
 
-
-class Cache:
-    """Keys and values of every row and layer, and how many of them each row has."""
-
-    def __init__(
-        self, num_layers: int, keys_shape_BGNE: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.keys = [torch.zeros(keys_shape_BGNE, device=device, dtype=dtype) for _ in range(num_layers)]
-        self.values = [torch.zeros(keys_shape_BGNE, device=device, dtype=dtype) for _ in range(num_layers)]
-        self.lengths_B = torch.zeros(keys_shape_BGNE[0], dtype=torch.long, device=device)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) rows, in this order."""
-        self.keys = [keys.index_select(0, rows) for keys in self.keys]
-        self.values = [values.index_select(0, rows) for values in self.values]
-        self.lengths_B = self.lengths_B.index_select(0, rows)
+    slots_M: Tensor
+    """Row x cache length + position."""
+    turns_M1F: Tensor
+    mask_B1QN: Tensor | None
+    """0 where a query may look, minus infinity elsewhere; None where it may look everywhere."""
+    num_keys: int
+    shape: tuple[int, int]
+    """B x W."""
+    spots: tuple[Tensor, Tensor] | None = None
+    """Row and offset of each id, where rows have different numbers of ids."""
 
 
 class Engine:
-    """Prefill and steps over the weights of a Qwen3 model.
+    """Passes over the weights of a Qwen3 model.
 
     Args:
         model: a `Qwen3ForCausalLM`.
-        dtype: of weights, activations and cache; fp32 is exact against the reference.
+        dtype: of the weights; fp32 is exact against the reference, bf16 streams half as many bytes.
+        packed: False keeps to torch's public operators.
     """
 
-    def __init__(self, model: Any, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Any, *, dtype: torch.dtype = torch.float32, packed: bool = True) -> None:
         config = model.config
         self.num_heads, self.num_kv = config.num_attention_heads, config.num_key_value_heads
-        self.head_width, self.eps = config.head_dim, config.rms_norm_eps
+        self.head_width = config.head_dim
         self.max_positions = config.max_position_embeddings
-        self.device, self.dtype = model.device, dtype
-
-        def weight(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype)
-
-        self.embed_VD = weight(model.model.embed_tokens.weight)
-        self.head_VD = self.embed_VD if config.tie_word_embeddings else weight(model.lm_head.weight)
-        self.norm_D = weight(model.model.norm.weight)
-        self.layers = [
-            _Layer(
-                weight(block.input_layernorm.weight),
-                torch.cat(
-                    [weight(p.weight) for p in (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)]
-                ),
-                weight(block.self_attn.q_norm.weight),
-                weight(block.self_attn.k_norm.weight),
-                weight(block.self_attn.o_proj.weight),
-                weight(block.post_attention_layernorm.weight),
-                torch.cat([weight(block.mlp.gate_proj.weight), weight(block.mlp.up_proj.weight)]),
-                weight(block.mlp.down_proj.weight),
-            )
-            for block in model.model.layers
-        ]
-        # RoPE tables as transformers computes them, so that positions agree bit for bit
-        positions = torch.arange(self.max_positions, device=self.device)[None]
-        cos, sin = model.model.rotary_emb(self.embed_VD[None, :1], positions)
-        self.cos_NE, self.sin_NE = cos[0].to(dtype), sin[0].to(dtype)
+        self.device, self.dtype, self._packed = model.device, dtype, packed
+        with torch.no_grad():
+            self.embed_VD = model.model.embed_tokens.weight.detach()
+            self.head_VD = model.lm_head.weight.detach()
+            self.norm_D = model.model.norm.weight.detach().float() * math.sqrt(config.hidden_size)
+            self.layers: list[Layer] = [
+                read_layer(block, self.num_heads, self.num_kv, dtype, packed=packed) for block in model.model.layers
+            ]
+            self._turns_N1F = rotations(model, self.max_positions)
+        eps = torch.tensor([config.hidden_size, config.head_dim], device=self.device) * config.rms_norm_eps
+        self._floor, self._head_floor = eps.float().sqrt()  # an RMSNorm's epsilon, as a length
+        self._cache_dtype = dtype if self.device.type == "cuda" else torch.float32
+        self._heads: dict[tuple[int, int], Linear] = {}
+        self.attend_cached: Callable[[Tensor, Tensor, Window], Tensor] = self._attend_cached
 
     def new_cache(self, num_rows: int, length: int) -> Cache:
         """An empty cache for `num_rows` rows of up to `length` ids."""
-        return Cache(len(self.layers), (num_rows, self.num_kv, length, self.head_width), self.device, self.dtype)
+        like = torch.empty(0, device=self.device, dtype=self._cache_dtype)
+        return Cache(len(self.layers), num_rows, length, 2 * self.num_kv * self.head_width, like)
 
     @torch.inference_mode()
-    def prefill(self, prompts: list[IntArray], cache: Cache) -> Tensor:
-        """Read prompts (one a cache row, of any lengths) in one packed pass; hidden state after each, B x D."""
+    def prefill(self, prompts: Sequence[IntArray], cache: Cache, rows: Sequence[int] | None = None) -> Tensor:
+        """Read prompts (one a cache row, of any lengths) in one packed pass; hidden state after each, B x D.
+
+        Args:
+            prompts: ids.
+            cache: with room for them.
+            rows: which rows of the cache take them; the first ones by default.
+        """
         lengths = tuple(len(prompt) for prompt in prompts)
         segments = Segments(lengths, self.device)
-        ids_T = torch.cat([torch.from_numpy(prompt) for prompt in prompts]).to(self.device)
-        positions_T = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
-        rows_T = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(self.device)
-        x_TD = self.embed_VD[ids_T]
-        for index, layer in enumerate(self.layers):
-            q_THE, k_TGE, v_TGE = self._qkv(layer, x_TD, positions_T)
-            cache.keys[index][rows_T, :, positions_T] = k_TGE
-            cache.values[index][rows_T, :, positions_T] = v_TGE
-            x_TD = self._rest(layer, x_TD, attend(q_THE, k_TGE, v_TGE, segments))
-        cache.lengths_B.copy_(torch.tensor(lengths))
-        last_B = torch.tensor(lengths).cumsum(0).to(self.device) - 1
-        return _rms_norm(x_TD[last_B], self.norm_D, self.eps)
+        lengths_B = torch.tensor(lengths)
+        rows_B = torch.arange(len(lengths)) if rows is None else torch.tensor(rows, dtype=torch.long)
+        ids_T = torch.cat([torch.from_numpy(prompt) for prompt in prompts])
+        positions_T = torch.cat([torch.arange(length) for length in lengths])
+        slots_T = torch.repeat_interleave(rows_B * cache.capacity[1], lengths_B) + positions_T
+        slots_T = slots_T.to(self.device)
+
+        def attention(layer: int, qkv_THE: Tensor) -> Tensor:
+            self._write(cache, layer, slots_T, qkv_THE)
+            wide = qkv_THE.to(self._cache_dtype)
+            q_THE, k_TGE, v_TGE = wide.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
+            return attend(q_THE, k_TGE, v_TGE, segments).flatten(1)
+
+        x_TD = self._blocks(ids_T.to(self.device), self._turns_N1F[positions_T.to(self.device)], attention)
+        cache.lengths_B[rows_B.to(self.device)] = lengths_B.to(self.device)
+        return self._norm(x_TD[(lengths_B.cumsum(0) - 1).to(self.device)])
 
     @torch.inference_mode()
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
         """Read one id a row; hidden state after it, B x D."""
         positions_B = cache.lengths_B
-        rows_B = torch.arange(len(ids_B), device=self.device)
-        num_keys = int(positions_B.max()) + 1
-        seen_B11N = (torch.arange(num_keys, device=self.device) <= positions_B[:, None])[:, None, None]
-        x_BD = self.embed_VD[ids_B.to(self.device)]
-        for index, layer in enumerate(self.layers):
-            q_BHE, k_BGE, v_BGE = self._qkv(layer, x_BD, positions_B)
-            cache.keys[index][rows_B, :, positions_B] = k_BGE
-            cache.values[index][rows_B, :, positions_B] = v_BGE
-            mixed_BH1E = F.scaled_dot_product_attention(
-                q_BHE[:, :, None],
-                cache.keys[index][:, :, :num_keys],
-                cache.values[index][:, :, :num_keys],
-                attn_mask=seen_B11N,
-                enable_gqa=True,
-            )
-            x_BD = self._rest(layer, x_BD, mixed_BH1E[:, :, 0])
+        lengths = positions_B.tolist()
+        num_keys = max(lengths) + 1
+        mask_B1QN = None if min(lengths) + 1 == num_keys else _mask(positions_B[:, None], num_keys, self._cache_dtype)
+        hidden_BD = self.step_at(ids_B.to(self.device), positions_B, cache, mask_B1QN, num_keys)
         cache.lengths_B = positions_B + 1
-        return _rms_norm(x_BD, self.norm_D, self.eps)
+        return hidden_BD
+
+    def step_at(
+        self, ids_B: Tensor, positions_B: Tensor, cache: Cache, mask_B1QN: Tensor | None, num_keys: int
+    ) -> Tensor:
+        """A step at given positions that leaves `cache.lengths_B` alone; its shapes depend on its arguments' only."""
+        slots_B = cache.first_slots_B[: len(ids_B)] + positions_B
+        turns_B1F = self._turns_N1F.index_select(0, positions_B)
+        window = Window(slots_B, turns_B1F, mask_B1QN, num_keys, (len(ids_B), 1))
+        return self._norm(self._blocks(ids_B, turns_B1F, self._cached(cache, window)))
 
     @torch.inference_mode()
     def extend(self, ids_BW: Tensor, cache: Cache, counts_B: Tensor | None = None) -> Tensor:
@@ -145,60 +141,118 @@ class Engine:
         Args:
             ids_BW: the window; where a row has fewer ids, anything in their place.
             cache: with room for them.
-            counts_B: how many of its ids each row has; all W by default. Hidden states beyond are 0.
+            counts_B: how many of its ids each row has, 0 included; all W by default. Hidden states beyond are 0.
         """
-        offsets_W = torch.arange(ids_BW.shape[1], device=self.device)
-        counts_B = torch.full_like(cache.lengths_B, ids_BW.shape[1]) if counts_B is None else counts_B.to(self.device)
-        rows_M, offsets_M = (offsets_W < counts_B[:, None]).nonzero(as_tuple=True)
+        ids_BW = ids_BW.to(self.device)
+        num_rows, width = ids_BW.shape
+        offsets_W = torch.arange(width, device=self.device)
         positions_BW = cache.lengths_B[:, None] + offsets_W
-        positions_M = positions_BW[rows_M, offsets_M]
+        counts_B = torch.full_like(cache.lengths_B, width) if counts_B is None else counts_B.to(self.device)
+        spots = None
+        if bool((counts_B < width).any()):
+            rows_M, offsets_M = (offsets_W < counts_B[:, None]).nonzero(as_tuple=True)
+            spots = (rows_M, offsets_M)
+
+        def packed(x_BW: Tensor) -> Tensor:
+            return x_BW.flatten() if spots is None else x_BW[spots]
+
+        positions_M = packed(positions_BW)
         num_keys = int(positions_M.max()) + 1
-        seen_B1WN = torch.arange(num_keys, device=self.device) <= positions_BW[:, None, :, None]
-        x_MD = self.embed_VD[ids_BW.to(self.device)[rows_M, offsets_M]]
-        for index, layer in enumerate(self.layers):
-            q_MHE, k_MGE, v_MGE = self._qkv(layer, x_MD, positions_M)
-            cache.keys[index][rows_M, :, positions_M] = k_MGE
-            cache.values[index][rows_M, :, positions_M] = v_MGE
-            q_BWHE = q_MHE.new_zeros(*positions_BW.shape, *q_MHE.shape[1:])
-            q_BWHE[rows_M, offsets_M] = q_MHE
-            mixed_BHWE = F.scaled_dot_product_attention(
-                q_BWHE.transpose(1, 2),
-                cache.keys[index][:, :, :num_keys],
-                cache.values[index][:, :, :num_keys],
-                attn_mask=seen_B1WN,
-                enable_gqa=True,
-            )
-            x_MD = self._rest(layer, x_MD, mixed_BHWE.transpose(1, 2)[rows_M, offsets_M])
+        slots_M = packed(cache.first_slots_B[:num_rows, None] + positions_BW)
+        mask_B1QN = _mask(positions_BW.repeat(1, self.num_heads // self.num_kv), num_keys, self._cache_dtype)
+        window = Window(slots_M, self._turns_N1F[positions_M], mask_B1QN, num_keys, (num_rows, width), spots)
+        x_MD = self._blocks(packed(ids_BW), window.turns_M1F, self._cached(cache, window))
         cache.lengths_B = cache.lengths_B + counts_B
-        hidden_BWD = x_MD.new_zeros(*positions_BW.shape, x_MD.shape[-1])
-        hidden_BWD[rows_M, offsets_M] = _rms_norm(x_MD, self.norm_D, self.eps)
-        return hidden_BWD
+        return _unpacked(self._norm(x_MD), window)
 
     @torch.inference_mode()
     def logits(self, hidden_BD: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
         """Scores of the ids in `ranges` only, concatenated, fp32."""
-        return torch.cat([hidden_BD @ self.head_VD[start:stop].T for start, stop in ranges], dim=-1).float()
+        parts = [self._head(start, stop)(hidden_BD).float() for start, stop in ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def _qkv(self, layer: _Layer, x_MD: Tensor, positions_M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = F.linear(_rms_norm(x_MD, layer.norm1_D, self.eps), layer.qkv).view(len(x_MD), -1, self.head_width)
-        q, k, v = qkv.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
-        cos, sin = self.cos_NE[positions_M][:, None], self.sin_NE[positions_M][:, None]
-        q = _rotate(_rms_norm(q, layer.q_norm_E, self.eps), cos, sin)
-        k = _rotate(_rms_norm(k, layer.k_norm_E, self.eps), cos, sin)
-        return q, k, v
+    def _head(self, start: int, stop: int) -> Linear:
+        """Rows of the output matrix; the many are packed when they are first asked for, and kept."""
+        if stop - start < _FEWEST_PACKED:
+            return Linear(self.head_VD[start:stop], self.dtype, packed=False)
+        if (start, stop) not in self._heads:
+            self._heads[start, stop] = Linear(self.head_VD[start:stop], self.dtype, packed=self._packed)
+        return self._heads[start, stop]
 
-    def _rest(self, layer: _Layer, x_MD: Tensor, mixed_MHE: Tensor) -> Tensor:
-        x_MD = x_MD + F.linear(mixed_MHE.flatten(1), layer.out)
-        gate, up = F.linear(_rms_norm(x_MD, layer.norm2_D, self.eps), layer.gate_up).chunk(2, dim=-1)
-        return x_MD + F.linear(F.silu(gate) * up, layer.down)
+    # -- the blocks
+
+    def _blocks(self, ids_M: Tensor, turns_M1F: Tensor, attention: Attention) -> Tensor:
+        x_MD = self.embed_VD.index_select(0, ids_M).float()
+        for index, layer in enumerate(self.layers):
+            qkv_MHE = self._rotated(layer, layer.qkv(_unit(x_MD, self._floor)).float(), turns_M1F)
+            x_MD = layer.out.add(attention(index, qkv_MHE), x_MD)
+            gate_MO, up_MO = layer.gate_up(_unit(x_MD, self._floor)).chunk(2, dim=-1)
+            x_MD = layer.down.add(F.silu(gate_MO).mul_(up_MO), x_MD)
+        return x_MD
+
+    def _rotated(self, layer: Layer, qkv: Tensor, turns_M1F: Tensor) -> Tensor:
+        """QK-norm and RoPE, written over the queries and keys."""
+        qkv_MHE = qkv.view(len(qkv), -1, self.head_width)
+        qk_MHE = qkv_MHE[:, : self.num_heads + self.num_kv]
+        normed_MHE = _unit(qk_MHE, self._head_floor).mul_(layer.qk_norm_HE)
+        torch.mul(_as_complex(normed_MHE), turns_M1F, out=_as_complex(qk_MHE))
+        return qkv_MHE
+
+    def _norm(self, x_MD: Tensor) -> Tensor:
+        return _unit(x_MD, self._floor).mul_(self.norm_D)
+
+    # -- attention over the cache
+
+    def _write(self, cache: Cache, layer: int, slots_M: Tensor, qkv_MHE: Tensor) -> None:
+        memory_RNC = cache.layers_RNC[layer]
+        new_MC = qkv_MHE[:, self.num_heads :].reshape(len(slots_M), -1).to(memory_RNC.dtype)
+        memory_RNC.view(-1, memory_RNC.shape[-1]).index_copy_(0, slots_M, new_MC)
+
+    def _cached(self, cache: Cache, window: Window) -> Attention:
+        """Attention of a step or a window: write the new keys and values, then look at the row's own."""
+
+        def attention(layer: int, qkv_MHE: Tensor) -> Tensor:
+            self._write(cache, layer, window.slots_M, qkv_MHE)
+            return self.attend_cached(qkv_MHE[:, : self.num_heads], cache.layers_RNC[layer], window)
+
+        return attention
+
+    def _attend_cached(self, q_MHE: Tensor, memory_RNC: Tensor, window: Window) -> Tensor:
+        """M x (H E). Queries that share keys stand under one another, so that nothing is repeated for them."""
+        num_rows, width = window.shape
+        memory = memory_RNC[:num_rows, : window.num_keys].unflatten(-1, (2 * self.num_kv, -1)).transpose(1, 2)
+        k_BGNE, v_BGNE = memory[:, : self.num_kv], memory[:, self.num_kv :]
+        if width == 1:
+            q_BGQE = q_MHE.reshape(num_rows, self.num_kv, -1, self.head_width)
+        else:
+            q_BWGRE = _unpacked(q_MHE, window).unflatten(2, (self.num_kv, -1))
+            q_BGQE = q_BWGRE.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        mixed_BGQE = F.scaled_dot_product_attention(q_BGQE.to(memory.dtype), k_BGNE, v_BGNE, attn_mask=window.mask_B1QN)
+        if width == 1:
+            return mixed_BGQE.reshape(num_rows, -1)
+        mixed_BWH = mixed_BGQE.unflatten(2, (-1, width)).permute(0, 3, 1, 2, 4).reshape(num_rows, width, -1)
+        return mixed_BWH.flatten(0, 1) if window.spots is None else mixed_BWH[window.spots]
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As Qwen3 has it: mean square in fp32."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+def _unit(x: Tensor, floor: Tensor) -> Tensor:
+    """RMSNorm without its weight and root of the width: three cheap operators (`F.rms_norm` is five on a CPU)."""
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
+def _as_complex(x_MHE: Tensor) -> Tensor:
+    return torch.view_as_complex(x_MHE.unflatten(-1, (-1, 2)))
+
+
+def _mask(positions_BQ: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+    """A query looks at its own position and before; B x 1 x Q x N."""
+    hidden_BQN = torch.arange(num_keys, device=positions_BQ.device) > positions_BQ[..., None]
+    return torch.zeros_like(hidden_BQN, dtype=dtype).masked_fill_(hidden_BQN, -torch.inf)[:, None]
+
+
+def _unpacked(x_MX: Tensor, window: Window) -> Tensor:
+    """B x W x ..., 0 where a row has no id."""
+    if window.spots is None:
+        return x_MX.unflatten(0, window.shape)
+    x_BWX = x_MX.new_zeros(*window.shape, *x_MX.shape[1:])
+    x_BWX[window.spots] = x_MX
+    return x_BWX

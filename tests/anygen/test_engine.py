@@ -1,0 +1,137 @@
+"""Packed products, the cache's rows, and an engine that gives the same with and without torch's private operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from anygen.sampling import linear
+from anygen.sampling.cache import Cache, bucket
+from anygen.sampling.engine import Engine
+from anygen.sampling.linear import Linear, can_pack
+from anygen.vocabulary import Vocabulary
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 33])
+@pytest.mark.parametrize("shape", [(48, 40), (1, 3), (130, 17)])
+def test_packed_products_are_those_of_torch(num_rows: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(shape, generator=generator), torch.randn(num_rows, shape[1], generator=generator)
+    to = torch.randn(num_rows, shape[0], generator=generator)
+    for packed in (True, False):
+        product = Linear(weight, torch.float32, packed=packed)
+        assert torch.allclose(product(x), F.linear(x, weight), atol=1e-5)
+        assert torch.allclose(product.add(x, to), to + F.linear(x, weight), atol=1e-5)
+    rough = Linear(weight, torch.bfloat16)
+    assert rough(x).dtype == torch.bfloat16 and rough.add(x, to).dtype == torch.float32
+    assert (rough(x).float() - F.linear(x, weight)).abs().max() < 0.02 * shape[1] ** 0.5
+
+
+def test_operators_that_are_absent_or_wrong_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        _reorder_linear_weight = staticmethod(lambda weight, rows: weight)
+
+        class _linear_pointwise:
+            def __new__(cls, x: Any, weight: Any, *rest: Any) -> Any:
+                return F.linear(x, weight) + 1
+
+            binary = staticmethod(lambda x, to, weight, *rest: to + F.linear(x, weight))
+
+    def packs_with(operators: Any) -> bool:
+        monkeypatch.setattr(linear.torch.ops, "mkldnn", operators)
+        can_pack.cache_clear()
+        return can_pack(torch.float32)
+
+    try:
+        assert not packs_with(Wrong) and not packs_with(object())
+        assert not Linear(torch.ones(3, 3), torch.float32).is_packed
+    finally:
+        monkeypatch.undo()
+        can_pack.cache_clear()
+    assert not can_pack(torch.float64)
+
+
+def test_public_operators_give_the_same_logits(tiny_model: Any, vocabulary: Vocabulary) -> None:
+    prompts = [np.random.default_rng(0).integers(0, vocabulary.used, n) for n in (3, 8)]
+    logits = []
+    for packed in (True, False):
+        engine = Engine(tiny_model, packed=packed)
+        cache = engine.new_cache(2, 16)
+        engine.prefill(prompts, cache)
+        logits.append(engine.logits(engine.step(torch.tensor([1, 2]), cache), ((0, vocabulary.size),)))
+    assert (logits[0] - logits[1]).abs().max() < 1e-5
+
+
+def test_bf16_weights_stay_near_fp32(tiny_model: Any, vocabulary: Vocabulary) -> None:
+    prompts = [np.random.default_rng(0).integers(0, vocabulary.used, n) for n in (3, 8)]
+    hidden = []
+    for dtype in (torch.float32, torch.bfloat16):
+        engine = Engine(tiny_model, dtype=dtype)
+        cache = engine.new_cache(2, 16)
+        engine.prefill(prompts, cache)
+        hidden.append(engine.step(torch.tensor([1, 2]), cache))
+    assert hidden[1].dtype == torch.float32
+    assert 0 < (hidden[0] - hidden[1]).norm() < 0.02 * hidden[0].norm()
+
+
+def test_prefill_into_some_rows_leaves_the_others(tiny_model: Any, vocabulary: Vocabulary) -> None:
+    engine = Engine(tiny_model)
+    prompts = [np.random.default_rng(0).integers(0, vocabulary.used, n) for n in (3, 8, 5, 2)]
+    at_once, in_turns = engine.new_cache(4, 16), engine.new_cache(4, 16)
+    engine.prefill(prompts, at_once)
+    engine.prefill([prompts[3], prompts[1]], in_turns, [3, 1])
+    engine.prefill([prompts[0], prompts[2]], in_turns, [0, 2])
+    assert in_turns.lengths_B.tolist() == [3, 8, 5, 2]
+    ids = torch.tensor([1, 2, 3, 4])
+    assert (engine.step(ids, at_once) - engine.step(ids, in_turns)).abs().max() < 1e-5
+
+
+# -- the cache
+
+
+def filled(lengths: tuple[int, ...], *, num_rows: int, length: int = 8) -> Cache:
+    """Row r holds r + position / 100, up to its length."""
+    cache = Cache(2, num_rows, length, 3, torch.zeros(0))
+    cache.lengths_B = torch.tensor(lengths)
+    for layer in cache.layers_RNC:
+        for row, count in enumerate(lengths):
+            layer[row, :count] = row + torch.arange(count)[:, None] / 100
+    return cache
+
+
+def content(cache: Cache) -> list[list[float]]:
+    """First number of every position in use, the same in all layers."""
+    rows = [[round(float(x), 2) for x in cache.layers_RNC[0][row, :n, 0]] for row, n in enumerate(cache.lengths_B)]
+    again = [[round(float(x), 2) for x in cache.layers_RNC[1][row, :n, 2]] for row, n in enumerate(cache.lengths_B)]
+    assert rows == again
+    return rows
+
+
+def test_rows_leave_join_and_are_copied() -> None:
+    cache = filled((2, 1, 3, 2), num_rows=4)
+    two, three = [2.0, 2.01, 2.02], [3.0, 3.01]
+    cache.rearrange([3, 2])
+    assert content(cache) == [three, two]
+    cache.reserve(6, 20)
+    assert cache.capacity == (6, 20) and content(cache) == [three, two]
+    prompt = cache.take_out(1)
+    assert cache.append(3) == [2, 3, 4]
+    cache.put(prompt, [2, 4])
+    cache.copy(0, [3])
+    assert content(cache) == [three, two, two, three, two]
+    assert cache.first_slots_B.tolist() == [0, 20, 40, 60, 80, 100]
+
+
+def test_rows_that_trade_places_do_not_overwrite_one_another() -> None:
+    cache = filled((1, 2, 3), num_rows=3)
+    cache.rearrange([1, 2, 0])
+    assert content(cache) == [[1.0, 1.01], [2.0, 2.01, 2.02], [0.0]]
+
+
+@pytest.mark.parametrize(("length", "longest", "expected"), [(1, 4096, 128), (128, 4096, 128), (200, 150, 200)])
+def test_lengths_come_in_buckets(length: int, longest: int, expected: int) -> None:
+    assert bucket(length, longest) == expected
