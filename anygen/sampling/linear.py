@@ -65,7 +65,7 @@ def can_pack(dtype: torch.dtype) -> bool:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OD, _TYPICAL_ROWS)
         product = torch.ops.mkldnn._linear_pointwise(x_MD, packed, None, "none", [], "")
         total = torch.ops.mkldnn._linear_pointwise.binary(x_MD, to_MO, packed, None, "add")
-    except (RuntimeError, TypeError, NotImplementedError, AttributeError):  # another torch, another processor
+    except (RuntimeError, TypeError, AttributeError):  # another torch, another processor
         return False
     pairs = ((product, expected), (total, to_MO + expected))
     return all(torch.allclose(found, right, rtol=rtol, atol=atol) for found, right in pairs)
