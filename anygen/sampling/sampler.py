@@ -41,6 +41,8 @@ class SampleState:
     ids: list[int] = field(default_factory=list)
     seed: int | None = None
     """What `generator` was seeded with; reported only."""
+    noise_seed: int = 0
+    """Of the noise from which a diffusion decoder draws this sample's pictures."""
     vokens: list[Tensor] = field(default_factory=list)
     """Hidden states at the vokens of each voken block, N x width, in order."""
 

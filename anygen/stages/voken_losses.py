@@ -1,0 +1,133 @@
+"""What a voken driver and its transformer are trained on: draw the picture, say its codes, decide to draw.
+
+loss = flow + align + text, each with its weight (MiniGPT-5, arXiv 2310.02239). `flow` is the decoder's own loss with the
+condition that the mapper makes of the hidden states at the vokens; `align` is the cross-entropy of the picture's codes
+from that condition: without it a decoder learns to ignore vokens (measured). `text` is next-token prediction, whose only
+label in a voken block is the begin token.
+
+Deviations: alignment with the picture's own codes instead of a text encoder's caption features; weight 1 for the text of
+a joint phase, whose transformer we trained ourselves.
+
+Dimension key: M voken blocks, N vokens a block, D width, P patches, V vocabulary, R trained rows, C H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from anygen.model.loss import NextTokenLoss, TensorBatch
+from anygen.training.parts import Part
+from anygen.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class VokenBatch:
+    """Packed documents, and the picture of each of their voken blocks in order."""
+
+    text: TensorBatch
+    codes_MP: Tensor
+    pixels_MCHW: Tensor
+    """In [0, 1]."""
+
+    def to(self, device: torch.device) -> VokenBatch:
+        """The batch on another device."""
+        return replace(
+            self,
+            text=self.text.to(device),
+            codes_MP=self.codes_MP.to(device),
+            pixels_MCHW=self.pixels_MCHW.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class VokenWeights:
+    """Weights of the loss, and how it is sampled."""
+
+    flow: float
+    align: float
+    text: float
+    drop_share: float
+    """Share of conditions replaced by the mapper's null."""
+    flow_share: float
+    """Share of a batch's pictures for which the flow loss, by far the dearest, is taken."""
+
+
+class VokenRows(nn.Module):
+    """The rows of a frozen model's input and output matrices that belong to vokens and their begin and end tokens.
+
+    They are parameters of their own: nothing else of the matrices gets a gradient, or weight decay.
+    """
+
+    def __init__(self, model: Any, vocabulary: Vocabulary) -> None:
+        super().__init__()
+        controls = [vocabulary.control(name) for name in ("voken", "/voken")]
+        self.ids_R: Tensor
+        self.register_buffer("ids_R", torch.tensor([*controls, *vocabulary.vokens_N.tolist()]), persistent=False)
+        embed, head = model.model.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+        self.input_RD = nn.Parameter(embed[self.ids_R].clone())
+        self.output_RD = None if head.data_ptr() == embed.data_ptr() else nn.Parameter(head[self.ids_R].clone())
+
+    def start_from_mean(self, model: Any) -> None:
+        """Input rows as the mean of all rows, each with a little of its own (as MiniGPT-5 adds its vokens)."""
+        embed_VD = model.model.embed_tokens.weight.detach()
+        mean_D = embed_VD.mean(0)
+        with torch.no_grad():
+            self.input_RD.copy_(mean_D + 0.5 * embed_VD.std() * torch.randn_like(self.input_RD))
+
+    def matrices(self, model: Any) -> tuple[Tensor, Tensor]:
+        """Input and output matrix with these rows in their places."""
+        embed_VD = model.model.embed_tokens.weight.detach().index_copy(0, self.ids_R, self.input_RD)
+        if self.output_RD is None:
+            return embed_VD, embed_VD
+        return embed_VD, model.lm_head.weight.detach().index_copy(0, self.ids_R, self.output_RD)
+
+    @torch.no_grad()
+    def write(self, model: Any) -> None:
+        """Put the rows into the model."""
+        embed_VD, head_VD = self.matrices(model)
+        model.model.embed_tokens.weight.copy_(embed_VD)
+        if self.output_RD is not None:
+            model.lm_head.weight.copy_(head_VD)
+
+
+class VokenLoss(nn.Module):
+    """The loss of a phase.
+
+    Args:
+        model: a `Qwen3ForCausalLM`; it is trained where `rows` is None.
+        vocabulary: of the model.
+        decoder: a `FlowDecoder` with a voken mapper, which is trained; its denoiser is not.
+        weights: of the terms.
+        rows: the trained rows of a frozen model.
+        model_lr_ratio: learning rate of a trained model over the mapper's.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vocabulary: Vocabulary,
+        decoder: Any,
+        *,
+        weights: VokenWeights,
+        rows: VokenRows | None,
+        model_lr_ratio: float = 1.0,
+    ) -> None:
+        super().__init__()
+        model.requires_grad_(rows is None)
+        decoder.denoiser.requires_grad_(False)
+        decoder.vokens.requires_grad_(True)
+        self.text = NextTokenLoss(model, vocabulary, z_loss=0.0)
+        self.rows, self.denoiser, self.mapper = rows, decoder.denoiser, decoder.vokens
+        self._decoder, self._weights, self._model_lr_ratio = [decoder], weights, model_lr_ratio
+        self._vokens_N = vocabulary.vokens_N
+
+    def parts(self) -> Sequence[Part]:
+        """Model or rows, then the mapper: each has its own clipping, and rows no weight decay."""
+        if self.rows is not None:
+            return Part(list(self.rows.parameters()), self._model_lr_ratio, decays=False), Part(list(self.mapper.parameters()))
+        return Part(list(self.text.parameters()), self._model_lr_ratio), Part(list(self.mapper.parameters()))
