@@ -72,12 +72,17 @@ class VokenRows(nn.Module):
         self.input_RD = nn.Parameter(embed[self.ids_R].clone())
         self.output_RD = None if head.data_ptr() == embed.data_ptr() else nn.Parameter(head[self.ids_R].clone())
 
-    def start_from_mean(self, model: Any) -> None:
-        """Input rows as the mean of all rows, each with a little of its own (as MiniGPT-5 adds its vokens)."""
-        embed_VD = model.model.embed_tokens.weight.detach()
-        mean_D = embed_VD.mean(0)
-        with torch.no_grad():
-            self.input_RD.copy_(mean_D + 0.5 * embed_VD.std() * torch.randn_like(self.input_RD))
+    @torch.no_grad()
+    def start(self, model: Any, vocabulary: Vocabulary) -> None:
+        """Start where the model already writes a picture.
+
+        The begin and end tokens are those of a picture of codes, the vokens the mean of its codes, each with a little of
+        its own. MiniGPT-5 starts from the mean of all rows.
+        """
+        embed_VD, codes = model.model.embed_tokens.weight.detach(), vocabulary.range("image.0")
+        self.input_RD[:2] = embed_VD[[vocabulary.control("image"), vocabulary.control("/image")]]
+        mean_D, own_ND = embed_VD[codes.start : codes.stop].mean(0), torch.randn_like(self.input_RD[2:])
+        self.input_RD[2:] = mean_D + 0.5 * embed_VD.std() * own_ND
 
     def matrices(self, model: Any) -> tuple[Tensor, Tensor]:
         """Input and output matrix with these rows in their places."""
@@ -131,3 +136,40 @@ class VokenLoss(nn.Module):
         if self.rows is not None:
             return Part(list(self.rows.parameters()), self._model_lr_ratio, decays=False), Part(list(self.mapper.parameters()))
         return Part(list(self.text.parameters()), self._model_lr_ratio), Part(list(self.mapper.parameters()))
+
+    def forward(self, batch: VokenBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted loss, and its terms; a batch without voken pictures is one of text alone."""
+        states_MND, text, report = self.read(batch)
+        report = {"text": text.detach(), **report}
+        if not len(states_MND):  # every parameter has its part, a 0, in every batch's graph
+            nothing = sum((p.sum() * 0 for p in self.mapper.parameters()), torch.zeros((), device=text.device))
+            return self._weights.text * text + nothing, report
+        num_flow = max(1, round(self._weights.flow_share * len(states_MND)))
+        grid_MPD = self.mapper(states_MND)
+        align = self.mapper.alignment(grid_MPD, batch.codes_MP)
+        drop_M = torch.rand(num_flow) < self._weights.drop_share
+        flow = self.flow(self._dropped(grid_MPD[:num_flow], drop_M), batch.pixels_MCHW[:num_flow])
+        loss = self._weights.text * text + self._weights.align * align + self._weights.flow * flow
+        return loss, report | {"align": align.detach(), "flow": flow.detach()}
+
+    def read(self, batch: VokenBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Hidden states at the vokens, M x N x D, the text loss, and its report."""
+        model = self.text.model
+        if self.rows is None:
+            hidden_TD, head_VD = self.text.read(batch.text), model.lm_head.weight
+        else:
+            embed_VD, head_VD = self.rows.matrices(model)
+            hidden_TD = self.text.read(batch.text, embed_VD)
+        text, report = self.text.score(hidden_TD, batch.text, head_VD)
+        ids_1T = batch.text.ids_T[None]
+        states_MND, _ = gather_vokens(
+            hidden_TD[None], ids_1T, first_voken=int(self._vokens_N[0]), count=len(self._vokens_N)
+        )
+        return states_MND.float(), text, report
+
+    def flow(self, grid_MPD: Tensor, pixels_MCHW: Tensor) -> Tensor:
+        """The denoiser's loss under a condition."""
+        return flow_loss(self.denoiser, pixels_MCHW * 2 - 1, grid_MPD)
+
+    def _dropped(self, grid_MPD: Tensor, drop_M: Tensor) -> Tensor:
+        return torch.where(drop_M.to(grid_MPD.device)[:, None, None], self.mapper.null(len(grid_MPD)), grid_MPD)
