@@ -255,9 +255,7 @@ class _Tracker:
         )
         place = self._num_pictures
         vokens = state.vokens[place:]  # where there are any, every picture of the answer is written so
-        return self._drawer.decode(
-            parsed.document, vokens=vokens, noise_seed=state.noise_seed, place=place
-        ).segments[0]
+        return self._drawer.decode(parsed.document, vokens=vokens, noise_seed=state.noise_seed, place=place).segments[0]
 
 
 @functools.lru_cache(maxsize=1)

@@ -186,7 +186,7 @@ class Request:
         height, width = layout.native_grid_hw
         if self.size is not None and self._grid(patch_px) != (height, width):
             raise InputError(
-                f"decoder={self.decoder!r} draws pictures of {height * patch_px} x {width * patch_px} px; leave size out"
+                f"decoder={self.decoder!r} draws {height * patch_px} x {width * patch_px} px only; leave size out"
             )
         if self.decoder == "voken":
             return Block("image", as_vokens=True)

@@ -5,6 +5,7 @@ Each is a folder `decoders/NAME/` in diffusers' layout. Only opening one needs d
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,5 @@ def open_renderer(folder: Path, *, device: torch.device) -> Any:
         MissingDependency: diffusers is absent or broken.
         CheckpointError: it cannot be read.
     """
-    from decoders.decoder import FlowDecoder
-
-    return FlowDecoder.from_pretrained(folder).to(device)
+    renderer = importlib.import_module("decoders.decoder").FlowDecoder.from_pretrained(folder)
+    return renderer.to(device)

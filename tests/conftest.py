@@ -212,19 +212,3 @@ def model(bundle_folder: Path) -> Any:
 @pytest.fixture
 def generator() -> np.random.Generator:
     return np.random.default_rng(0)
-
-
-@pytest.fixture(scope="session")
-def drawing_folder(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_model: Any,
-    vocabulary: Vocabulary,
-    layout: Layout,
-    tokenizers: dict[str, Any],
-) -> Path:
-    """A bundle with an untrained diffusion decoder that takes codes and vokens. Do not change it: copy it first."""
-    folder = tmp_path_factory.mktemp("bundles")
-    tiny_decoder(folder / "decoder", layout, vocabulary, hidden_dim=tiny_model.config.hidden_size)
-    decoders = {"image": folder / "decoder"}
-    save_tiny_bundle(folder / "drawing", tiny_model, vocabulary, layout, tokenizers, decoders)
-    return folder / "drawing"

@@ -149,7 +149,7 @@ class NextTokenLoss(nn.Module):
         return hidden_1TD[0]
 
     def score(self, hidden_TD: Tensor, batch: TensorBatch, head_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, with `head_VD` as the output matrix, and what to report of it; 0 for a batch that learns nothing."""
+        """The loss, with `head_VD` as the output matrix, and what to report of it."""
         predicts = batch.weights_T > 0
         labels_P, weights_P = batch.labels_T[predicts], batch.weights_T[predicts]
         normaliser = weights_P.sum() if batch.normaliser is None else batch.normaliser
