@@ -7,43 +7,17 @@ can be closed, and the blocks still asked for can follow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import takewhile
 
 from anygen.errors import InputError
+from anygen.plan import Block as Block
+from anygen.plan import Plan as Plan
 from anygen.sequence import BlockName, Sequencer
 from anygen.vocabulary import NUM_NUMBERS, Range
 from tokenizers_mm.codes import Modality
 
 Ranges = tuple[tuple[int, int], ...]
 """Allowed ids as [start, stop) pairs, ascending."""
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block that an answer is to hold, with its shape where the caller fixes it."""
-
-    modality: Modality
-    shape: tuple[int, ...] | None = None
-    """Rows and columns of a picture, digits of a sound's length, 2 or 4 for a region; None lets the model choose."""
-    as_vokens: bool = False
-    """A picture written as vokens, for a decoder to draw; it has no shape."""
-    known: tuple[int, ...] | None = None
-    """Of a picture or sound whose shape is fixed: the id of each code in the order in which they are written, -1 where
-    it is to be chosen."""
-
-    @property
-    def name(self) -> BlockName:
-        """What its begin and end tokens are called."""
-        return "voken" if self.as_vokens else self.modality
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What an answer is to hold: exactly these blocks in this order or, where `free`, any blocks of these kinds."""
-
-    blocks: tuple[Block, ...]
-    free: bool = False
 
 
 class Grammar:
@@ -174,6 +148,17 @@ class Walk:
     def modality(self) -> Modality | None:
         """The block that is open, or None between blocks."""
         return self._block.modality if self._block else None
+
+    @property
+    def row(self) -> int:
+        """How many codes a row of the open picture has; 1 in any other block."""
+        is_picture = self.modality == "image" and len(self._shape) == 2
+        return len(self._body) // self._shape[0] if is_picture else 1
+
+    def ahead(self, count: int) -> list[Ranges]:
+        """What each of the next ids may be, `count` at most, as far as the open block says; at least `allowed`."""
+        codes = self._body[self._num_written :] if self._block else []
+        return [*(((r.start, r.stop),) for r in codes), _only(self._end_id())][:count] if codes else [self.allowed]
 
     @property
     def forced(self) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from pathlib import Path
@@ -176,29 +175,19 @@ def bundle_folder(
 ) -> Path:
     """A complete bundle on disk. Do not change it: copy it first."""
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    save_tiny_bundle(folder, tiny_model, vocabulary, layout, tokenizers)
-    return folder
+    import copy
 
-
-def save_tiny_bundle(
-    folder: Path,
-    model: Any,
-    vocabulary: Vocabulary,
-    layout: Layout,
-    tokenizers: dict[str, Any],
-    decoders: dict[str, Path] | None = None,
-) -> None:
     save_bundle(
         folder,
-        model=copy.deepcopy(model),
+        model=copy.deepcopy(tiny_model),
         vocabulary=vocabulary,
         layout=layout,
         tokenizers=tokenizers,
         defaults={"image": SamplingOptions(guidance_scale=2.0)},
         provenance={"name": "tiny"},
         card="# tiny\n",
-        decoders=decoders,
     )
+    return folder
 
 
 @pytest.fixture(scope="session")

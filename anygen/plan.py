@@ -1,0 +1,35 @@
+"""What an answer is to hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anygen.sequence import BlockName
+from tokenizers_mm.codes import Modality
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block that an answer is to hold, with its shape where the caller fixes it."""
+
+    modality: Modality
+    shape: tuple[int, ...] | None = None
+    """Rows and columns of a picture, digits of a sound's length, 2 or 4 for a region; None lets the model choose."""
+    as_vokens: bool = False
+    """A picture written as vokens, for a decoder to draw; it has no shape."""
+    known: tuple[int, ...] | None = None
+    """Of a picture or sound whose shape is fixed: the id of each code in the order in which they are written, -1 where
+    it is to be chosen."""
+
+    @property
+    def name(self) -> BlockName:
+        """What its begin and end tokens are called."""
+        return "voken" if self.as_vokens else self.modality
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an answer is to hold: exactly these blocks in this order or, where `free`, any blocks of these kinds."""
+
+    blocks: tuple[Block, ...]
+    free: bool = False

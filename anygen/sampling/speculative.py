@@ -1,0 +1,67 @@
+"""Several codes a pass: coupled Jacobi decoding of pictures and sounds. The ids are those of one code a pass.
+
+A pass reads the last chosen id and, after it, guesses at the codes that follow (speculative Jacobi decoding, arXiv
+2410.01699). It gives a choice at every position: right ones up to the first wrong guess and in its place, and the
+guesses of the next pass after that. A position keeps the waits of its exponential race (`choose`) from pass to pass,
+the Gumbel coupling of arXiv 2510.24211: a choice changes only where its distribution changed enough.
+
+Deviation: the papers accept a guess with probability min(1, p/q) and draw from the residual where they do not. Here a
+guess is right where it is what its race gives. With the waits fixed, the choice at a position is a function of the ids
+before it, so the iteration has one fixed point: the ids of plain sampling from the same generator, whose waits are
+drawn in the same order. A sample depends on its seed only, not on the window. (Measured: as many codes a pass as with
+rejection, see benchmarks/README.md.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from anygen.grammar import Ranges, Walk
+
+
+class Draft:
+    """What one sample has guessed of the ids after its next one, and the waits that it has drawn ahead."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self.guesses: list[int] = []
+        """In place of the ids after the next one, on their way through the model."""
+        self._generator = generator
+        self._waits: dict[int, Tensor] = {}  # by position in the answer
+        self._choices: dict[int, int] = {}
+
+    def waits(self, position: int, ahead: Sequence[Ranges]) -> list[Tensor]:
+        """fp64 waits of the positions from `position` on, which may take these ids; drawn once each, in order."""
+        self._waits = {at: waits_A for at, waits_A in self._waits.items() if at >= position}
+        for at, ranges in enumerate(ahead, position):
+            if at not in self._waits:
+                num_allowed = sum(stop - start for start, stop in ranges)
+                # one id is no choice: plain sampling draws nothing for it either
+                waits_A = torch.empty(num_allowed if num_allowed > 1 else 0, dtype=torch.float64)
+                self._waits[at] = waits_A.exponential_(generator=self._generator)
+        return [self._waits[at] for at in range(position, position + len(ahead))]
+
+    def remember(self, position: int, ids: Sequence[int]) -> None:
+        """Take what a pass chose from `position` on: the next guesses, where it does not stand."""
+        self._choices = dict(enumerate(ids, position))
+
+    def confirms(self, offset: int, id: int) -> bool:
+        """Whether the id chosen at this offset of the pass was guessed, so that the choice after it holds."""
+        return offset < len(self.guesses) and self.guesses[offset] == id
+
+    def renew(self, walk: Walk, written: Sequence[int], count: int) -> None:
+        """Guess the next codes, up to `count`: what the last pass chose, else the code above or before.
+
+        Args:
+            walk: of the sample, after the last id of `written`.
+            written: all ids so far.
+            count: how many guesses.
+        """
+        known = list(written)
+        count = min(count, walk.num_codes - walk.num_written)
+        for ((start, stop),) in walk.ahead(count) if count > 0 else []:
+            near = (self._choices.get(len(known), -1), known[-walk.row :][0], *known[:-9:-1])
+            known.append(next((id for id in near if start <= id < stop), start))
+        self.guesses = known[len(written) :]
