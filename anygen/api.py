@@ -19,6 +19,7 @@ import torch
 from anygen._version import __version__
 from anygen.bundle import Bundle, load_bundle
 from anygen.documents import Segment
+from anygen.drawing import DEFAULT_STEPS, Drawer, noise_seed
 from anygen.errors import InputError
 from anygen.grammar import Grammar, Plan
 from anygen.request import Request
@@ -129,18 +130,14 @@ class AnyGen:
         """
         request = Request.of(arguments)
         states = self._states(request)
-        trackers = [_Tracker(self, index) for index in range(len(states))]
+        trackers = [_Tracker(self, index, self._drawer(request)) for index in range(len(states))]
         for pairs in sample(self.engine, states):
             for index, id in pairs:
                 yield from trackers[index].push(id, states[index])
         yield Finished(Output(tuple(self._sample(request, state) for state in states)))
 
     def _states(self, request: Request) -> list[SampleState]:
-        if request.decoder != "codes":
-            raise InputError(
-                f"decoder={request.decoder!r}: this bundle carries "
-                f"{', '.join(self.bundle.renderers) or 'no diffusion decoders'}; use decoder='codes'"
-            )
+        self._drawer(request).check()
         tokenizers, layout = self.bundle.tokenizers, self.bundle.layout
         for segment in request.inputs:
             if segment.modality not in tokenizers:
@@ -166,9 +163,21 @@ class AnyGen:
         budget = request.max_new_tokens or min(self._default_budget(plan), room)
         options, window = request.options(self.bundle.defaults), request.speculative_window or _WINDOW
         return [
-            SampleState(prompt, dropped, self.grammar.start(plan, budget), options, generator, seed=seed, window=window)
-            for generator, seed in request.generators()
+            SampleState(
+                prompt,
+                dropped,
+                self.grammar.start(plan, budget),
+                options,
+                generator,
+                seed=seed,
+                window=window,
+                noise_seed=noise_seed(generator, seed, place),
+            )
+            for place, (generator, seed) in enumerate(request.generators())
         ]
+
+    def _drawer(self, request: Request) -> Drawer:
+        return Drawer(self.bundle, request.decoder, request.num_inference_steps or DEFAULT_STEPS)
 
     def _default_budget(self, plan: Plan) -> int:
         if plan.free:
@@ -193,8 +202,9 @@ class AnyGen:
             "vocabulary": self.bundle.vocabulary.fingerprint,
             "request": request.describe(),
         }
+        drawn = self._drawer(request).decode(parsed.document, vokens=state.vokens, noise_seed=state.noise_seed)
         return Sample(
-            parsed.document.decode(self.bundle.tokenizers).segments,
+            drawn.segments,
             state.seed,
             "length" if state.walk.is_cut else "eos",
             tuple(state.ids),
@@ -209,8 +219,9 @@ class AnyGen:
 class _Tracker:
     """Turns the ids of one sample into events."""
 
-    def __init__(self, model: AnyGen, index: int) -> None:
-        self._model, self._index = model, index
+    def __init__(self, model: AnyGen, index: int, drawer: Drawer) -> None:
+        self._model, self._index, self._drawer = model, index, drawer
+        self._num_pictures = 0
         self._start: int | None = None
         self._text = ""
 
@@ -223,7 +234,8 @@ class _Tracker:
         elif walk.modality is None:
             block = state.ids[self._start :]
             self._start = None
-            segment = self._finished(block)
+            segment = self._finished(block, state)
+            self._num_pictures += segment.modality == "image"
             if segment.modality == "text" and len(str(segment.content)) > len(self._text):
                 yield TextDelta(self._index, str(segment.content)[len(self._text) :])
             yield SegmentFinished(self._index, segment)
@@ -238,12 +250,14 @@ class _Tracker:
             yield TextDelta(self._index, text[len(self._text) :])
             self._text = text
 
-    def _finished(self, block: list[int]) -> Segment:
+    def _finished(self, block: list[int], state: SampleState) -> Segment:
         vocabulary = self._model.bundle.vocabulary
         parsed = self._model.sequencer.parse(
             np.array([vocabulary.control("target"), *block, vocabulary.control("eos")])
         )
-        return parsed.document.decode(self._model.bundle.tokenizers).segments[0]
+        place = self._num_pictures
+        vokens = state.vokens[place:]  # where there are any, every picture of the answer is written so
+        return self._drawer.decode(parsed.document, vokens=vokens, noise_seed=state.noise_seed, place=place).segments[0]
 
 
 @functools.lru_cache(maxsize=1)

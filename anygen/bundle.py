@@ -12,6 +12,7 @@ safetensors and JSON only; nothing in a bundle chooses which code runs.
 from __future__ import annotations
 
 import importlib.resources
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,11 @@ import torch
 
 from anygen.documents import Tokenizers
 from anygen.errors import CheckpointError, InputError
-from anygen.files import publishing, read_json, verify, write_json
+from anygen.files import MANIFEST, publishing, read_json, verify, write_json
 from anygen.layout import Layout
 from anygen.sampling.choose import SamplingOptions
 from anygen.vocabulary import Vocabulary
-from decoders import list_renderers
+from decoders.carried import carried, open_renderer
 from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.codes import Modality
@@ -52,8 +53,25 @@ class Bundle:
     defaults: Mapping[str, SamplingOptions]
     """Sampling options by modality, and for `control` ids."""
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    renderers: tuple[str, ...] = ()
-    """Names of the diffusion decoders it carries."""
+    renderers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """The diffusion decoders it carries: name (`image`) to what drives them (`codes`, `vokens`)."""
+    _opened: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def renderer(self, name: str) -> Any:
+        """A diffusion decoder (`decoders.decoder.FlowDecoder`), opened when first asked for.
+
+        Raises:
+            MissingDependency: diffusers is absent or broken.
+            CheckpointError: it is damaged, or its grid is not that of the model's pictures.
+        """
+        if name not in self._opened:
+            patches = self.layout.native_grid_hw[0] * self.layout.native_grid_hw[1]
+            self._opened[name] = open_renderer(self.folder / "decoders" / name, device=self.model.device)
+            if self._opened[name].num_patches != patches:
+                raise CheckpointError(
+                    f"decoder {name!r} draws {self._opened.pop(name).num_patches} patches, the model writes {patches}"
+                )
+        return self._opened[name]
 
 
 def default_bundle() -> Path:
@@ -78,10 +96,12 @@ def save_bundle(
     defaults: Mapping[str, SamplingOptions],
     provenance: Mapping[str, Any],
     card: str,
+    decoders: Mapping[str, Path] | None = None,
 ) -> None:
     """Publish a bundle atomically.
 
-    Weights are written as bf16, in shards that git hosts accept; `model` is left in bf16.
+    Weights are written as bf16, in shards that git hosts accept; `model` is left in bf16. `decoders` are folders, by
+    name, and copied as they are.
     """
     vocabulary.check(tokenizers)
     with publishing(folder) as temporary:
@@ -89,6 +109,8 @@ def save_bundle(
         for modality in ("text", "image", "audio"):
             if modality in tokenizers:
                 tokenizers[modality].save(temporary / "tokenizers" / modality)  # type: ignore[attr-defined,index]
+        for name, path in (decoders or {}).items():
+            shutil.copytree(path, temporary / "decoders" / name, ignore=shutil.ignore_patterns(MANIFEST))
         write_json(
             temporary / ANYGEN_JSON,
             {
@@ -131,7 +153,7 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
     tokenizers = load_tokenizers(path / "tokenizers", vocabulary, target)
     vocabulary.check(tokenizers)
     model = _load_model(path, vocabulary).to(target)
-    return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, list_renderers(path / "decoders"))
+    return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, carried(path / "decoders"))
 
 
 def _usable(device: str) -> torch.device:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from anygen.errors import AnyGenError
+from anygen.errors import AnyGenError, MissingDependency
 
 REQUIRED = (
     "torch",
@@ -117,3 +118,15 @@ def _smoke() -> Iterator[Finding]:
         "ok",
         f"loads in {loaded - start:.1f} s, draws a picture in {time.monotonic() - loaded:.2f} s",
     )
+    yield _decoders(model.bundle)
+
+
+def _decoders(bundle: Any) -> Finding:
+    """The diffusion decoders of a bundle, and whether they can be opened here."""
+    carried = "; ".join(f"{name} from {' and '.join(drivers)}" for name, drivers in bundle.renderers.items())
+    try:
+        for name in bundle.renderers:
+            bundle.renderer(name)
+    except MissingDependency as error:
+        return Finding("diffusion decoders", "absent", f"{carried}: {error}")
+    return Finding("diffusion decoders", "ok" if carried else "absent", carried or "the embedded model carries none")

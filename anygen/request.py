@@ -79,9 +79,9 @@ class Request:
     speculative_window: int | None = None
     """How many codes of a picture or sound one pass may add; 1 is plain sampling. What is drawn is the same."""
     decoder: Literal["codes", "diffusion", "voken"] = "codes"
-    """What draws pictures; diffusion decoders come with bundles that carry them."""
+    """What draws pictures; diffusion decoders come with bundles that carry them, and need `anygen[diffusion]`."""
     num_inference_steps: int | None = None
-    """Steps of a diffusion decoder."""
+    """Steps of a diffusion decoder, 4 by default; more than 100 are refused."""
 
     def __post_init__(self) -> None:
         if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):
@@ -102,6 +102,8 @@ class Request:
             raise InputError(f"decoder must be 'codes', 'diffusion' or 'voken'; got {self.decoder!r}")
         if self.num_inference_steps is not None and self.decoder == "codes":
             raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
+        if self.num_inference_steps is not None:
+            self._take_integer("num_inference_steps", 1, 100)
         self.outputs  # noqa: B018  checks them
         self.options({})
 
@@ -168,16 +170,32 @@ class Request:
     def plan(self, layout: Layout, modalities: Sequence[str], *, patch_px: int, frame_rate_hz: float) -> Plan:
         """The blocks to generate, with their shapes where they are fixed."""
         if self.outputs == ("any",):
-            return Plan(tuple(Block(m) for m in MODALITIES if m in modalities and m != "region"), free=True)
+            kinds = [m for m in MODALITIES if m in modalities and m != "region"]
+            drawn = {"image": self._drawn(layout, patch_px)} if self.decoder != "codes" else {}
+            return Plan(tuple(drawn.get(m, Block(m)) for m in kinds), free=True)
         blocks = []
         for name in self.outputs:
             shape: tuple[int, ...] | None = None
+            if name == "image" and self.decoder != "codes":
+                blocks.append(self._drawn(layout, patch_px))
+                continue
             if name == "image" and self.size is not None:
                 shape = self._grid(patch_px)
             elif name == "audio" and self.duration_s is not None:
                 shape = self._length(layout, frame_rate_hz)
             blocks.append(Block(name, shape))  # type: ignore[arg-type]
         return Plan(tuple(blocks))
+
+    def _drawn(self, layout: Layout, patch_px: int) -> Block:
+        """A picture for a diffusion decoder, which draws one size only."""
+        height, width = layout.native_grid_hw
+        if self.size is not None and self._grid(patch_px) != (height, width):
+            raise InputError(
+                f"decoder={self.decoder!r} draws {height * patch_px} x {width * patch_px} px only; leave size out"
+            )
+        if self.decoder == "voken":
+            return Block("image", as_vokens=True)
+        return Block("image", (height, width))
 
     def _grid(self, patch_px: int) -> tuple[int, int]:
         sides = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
@@ -220,11 +238,13 @@ class Request:
     def describe(self) -> dict[str, Any]:
         """JSON-able account of the request: texts as they are, media by the hash of their content."""
         facts: dict[str, Any] = {"output": list(self.outputs), "inputs": [_describe(s) for s in self.inputs]}
-        for name in ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s"):
+        for name in ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s", "num_inference_steps"):
             if getattr(self, name) is not None:
                 facts[name] = getattr(self, name)
         if isinstance(self.size, Sequence):
             facts["size"] = [int(side) for side in self.size]
+        if self.decoder != "codes":
+            facts["decoder"] = self.decoder
         return facts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -175,19 +176,29 @@ def bundle_folder(
 ) -> Path:
     """A complete bundle on disk. Do not change it: copy it first."""
     folder = tmp_path_factory.mktemp("bundles") / "tiny"
-    import copy
+    save_tiny_bundle(folder, tiny_model, vocabulary, layout, tokenizers)
+    return folder
 
+
+def save_tiny_bundle(
+    folder: Path,
+    model: Any,
+    vocabulary: Vocabulary,
+    layout: Layout,
+    tokenizers: dict[str, Any],
+    decoders: dict[str, Path] | None = None,
+) -> None:
     save_bundle(
         folder,
-        model=copy.deepcopy(tiny_model),
+        model=copy.deepcopy(model),
         vocabulary=vocabulary,
         layout=layout,
         tokenizers=tokenizers,
         defaults={"image": SamplingOptions(guidance_scale=2.0)},
         provenance={"name": "tiny"},
         card="# tiny\n",
+        decoders=decoders,
     )
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,8 @@ def generate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Budget of ids.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of generated pictures in pixels.")] = None,
     duration_s: Annotated[float | None, typer.Option(help="Length of generated sounds.")] = None,
+    decoder: Annotated[str, typer.Option(help="What draws pictures: codes, diffusion or voken.")] = "codes",
+    num_inference_steps: Annotated[int | None, typer.Option(help="Steps of a diffusion decoder.")] = None,
     speculative_window: Annotated[
         int | None, typer.Option(help="Codes that one pass may add; 1 is plain. The answers are the same.")
     ] = None,
@@ -57,6 +59,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         size=size,
         duration_s=duration_s,
+        decoder=decoder,  # type: ignore[arg-type]
+        num_inference_steps=num_inference_steps,
         speculative_window=speculative_window,
     )
     request.inputs  # noqa: B018  a bad file is told before the model is loaded

@@ -96,7 +96,7 @@ class Direction:
         if self.special:
             return _special(self.special, record, generator)
         content: dict[BlockName, list[Any]] = {"image": [record.picture] * 2, "text": self._texts(record, generator)}
-        content["voken"] = [Vokens(record.picture)] * 2
+        content["voken"] = [Vokens(record.picture, record.key)] * 2
         if "audio" in (*self.inputs, *self.targets):
             utterances = generator.sample(record.utterances, 1)
             others = [u for u in record.utterances if u.text == utterances[0].text and u is not utterances[0]]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anygen.model.cost import TrainingCost
@@ -131,18 +132,30 @@ class NextTokenLoss(nn.Module):
     def forward(self, batch: TensorBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and what to report: nats per target id of each modality, size of the hidden states, rows."""
         with _rms_before(self.model.model.norm) as rms:
-            hidden_TD = self.model.model(
-                input_ids=batch.ids_T[None],
-                position_ids=batch.positions_T[None],
-                segments=batch.segments,
-                use_cache=False,
-            ).last_hidden_state[0]
+            hidden_TD = self.read(batch)
+        loss, report = self.score(hidden_TD, batch, self.model.lm_head.weight)
+        return loss, report | {"hidden_norm": rms[0]}
+
+    def read(self, batch: TensorBatch, embed_VD: Tensor | None = None) -> Tensor:
+        """Hidden states after the final norm, T x D; `embed_VD` takes the place of the input matrix."""
+        ids_1T = batch.ids_T[None]
+        inputs = {"input_ids": ids_1T} if embed_VD is None else {"inputs_embeds": F.embedding(ids_1T, embed_VD)}
+        hidden_1TD: Tensor = self.model.model(
+            **inputs,
+            position_ids=batch.positions_T[None],
+            segments=batch.segments,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_1TD[0]
+
+    def score(self, hidden_TD: Tensor, batch: TensorBatch, head_VD: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, with `head_VD` as the output matrix, and what to report of it."""
         predicts = batch.weights_T > 0
         labels_P, weights_P = batch.labels_T[predicts], batch.weights_T[predicts]
         normaliser = weights_P.sum() if batch.normaliser is None else batch.normaliser
         result = cross_entropy(
             hidden_TD[predicts],
-            self.model.lm_head.weight,
+            head_VD,
             labels_P,
             weights_P / normaliser.clamp_min(1e-8),
             z_loss=self._z_loss,
@@ -150,7 +163,6 @@ class NextTokenLoss(nn.Module):
         )
         target_P = batch.target_T[predicts]
         report = self._by_modality(result.nll_P[target_P], labels_P[target_P])
-        report["hidden_norm"] = rms[0]
         report["flops"] = torch.tensor(self._cost.of(batch.segments.lengths, num_predicted=len(labels_P)))
         report["tokens"] = torch.tensor(float(len(batch.ids_T)))
         report["utilisation"] = torch.tensor(1 - batch.num_padding / max(1, len(batch.ids_T)))

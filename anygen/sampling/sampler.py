@@ -44,6 +44,8 @@ class SampleState:
     ids: list[int] = field(default_factory=list)
     seed: int | None = None
     """What `generator` was seeded with; reported only."""
+    noise_seed: int = 0
+    """Of the noise from which a diffusion decoder draws this sample's pictures."""
     window: int = 1
     """How many codes of a picture or sound one pass may add; 1 is plain sampling. The ids are the same."""
     vokens: list[Tensor] = field(default_factory=list)

@@ -19,6 +19,7 @@ from anygen.errors import ConfigError, TrainingError
 from anygen.training import checkpoint, processes, sharding
 from anygen.training.averaging import WeightAverage
 from anygen.training.checkpoint import Restored
+from anygen.training.parts import parts_of
 from anygen.training.schedule import OptimizerConfig, make_optimizer
 from tokenizers_mm import compat  # noqa: F401  accelerate looks at the same fragile packages as transformers
 
@@ -84,7 +85,11 @@ class Engine:
                 loss, report = self.module(batch)
                 self._accelerator.backward(loss / len(batches) if len(batches) > 1 else loss)
             reports.append({"loss": loss.detach(), **report})
-        norm = sharding.whole(nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm))
+        norms = [
+            sharding.whole(nn.utils.clip_grad_norm_(part.parameters, self._max_grad_norm))
+            for part in parts_of(self.plain)
+        ]
+        norm = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
         losses = [report["loss"].item() for report in reports]
         if not all(map(math.isfinite, [*losses, norm.item()])):
             raise TrainingError(f"loss {sum(losses) / len(losses)}, gradient norm {norm.item()}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import nn
 
 from anygen.config import Config
 from anygen.training.muon import Joined, block_matrices
+from anygen.training.parts import parts_of
 
 
 class OptimizerConfig(Config):
@@ -32,6 +33,7 @@ class OptimizerConfig(Config):
     """Share of all steps over which the rate falls; before it is constant (warm-up, stable, decay)."""
     min_lr_ratio: float = Field(0.05, ge=0, le=1)
     max_grad_norm: float = Field(1.0, gt=0)
+    """Of each part of the module; most are one part."""
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
@@ -52,14 +54,19 @@ def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """An optimizer over the trainable parameters of `module`; a group's `lr_ratio` multiplies its learning rate."""
+    """An optimizer over the trainable parameters of `module`; a group's `lr_ratio` multiplies its learning rate.
+
+    Parts of the module (`anygen.training.parts`) have groups of their own.
+    """
     matrices = block_matrices(module) if config.kind == "muon" else []
     chosen = {id(matrix) for matrix in matrices}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
-    groups = [
-        {"params": [p for p in others if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups: list[dict[str, Any]] = []
+    for part in parts_of(module):
+        own = [p for p in part.parameters if id(p) not in chosen]
+        ratio = {} if part.lr_ratio == 1 else {"lr_ratio": part.lr_ratio}
+        decay = config.weight_decay if part.decays else 0.0
+        groups.append({"params": [p for p in own if p.ndim >= 2], "weight_decay": decay, **ratio})
+        groups.append({"params": [p for p in own if p.ndim < 2], "weight_decay": 0.0, **ratio})
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     if not matrices:
         return adamw

@@ -103,7 +103,7 @@ def test_task_alone_says_what_to_generate(model: AnyGen) -> None:
         ({"output": "image", "size": 8 * 7}, "cannot give image"),
         ({"output": "audio", "duration_s": 0}, "duration_s"),
         ({"output": "audio", "duration_s": 60.0}, "at most 6.0"),
-        ({"output": "image", "decoder": "diffusion"}, "no diffusion decoders"),
+        ({"output": "image", "decoder": "diffusion"}, "no diffusion decoder that draws pictures from codes"),
         ({"output": "image", "decoder": "magic"}, "decoder must be"),
         ({"output": "text", "generator": "x"}, "generator"),
     ],

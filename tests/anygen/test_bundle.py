@@ -75,7 +75,7 @@ def test_everything_comes_back(bundle_folder: Path, model: AnyGen) -> None:
     bundle = load_bundle(bundle_folder)
     assert bundle.vocabulary == model.bundle.vocabulary and bundle.layout == model.bundle.layout
     assert bundle.defaults["image"].guidance_scale == 2.0
-    assert bundle.provenance["name"] == "tiny" and bundle.renderers == ()
+    assert bundle.provenance["name"] == "tiny" and bundle.renderers == {}
     assert all(p.suffix in (".safetensors", ".json", ".md", ".model") for p in bundle_folder.rglob("*") if p.is_file())
 
 

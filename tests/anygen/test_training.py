@@ -20,9 +20,11 @@ from anygen.errors import CheckpointError, TrainingError
 from anygen.files import is_published, publishing, remove_leftovers, verify
 from anygen.seeding import seed_of
 from anygen.training import checkpoint
+from anygen.training.engine import Engine
 from anygen.training.interrupts import Interrupted, StopRequest
 from anygen.training.loop import CHECKPOINTS, LoopConfig, train
 from anygen.training.metrics import METRICS_FILE, MetricsLog, read_metrics
+from anygen.training.parts import Part
 from anygen.training.schedule import OptimizerConfig, learning_rate, make_optimizer
 
 
@@ -213,6 +215,36 @@ def test_vectors_are_not_decayed() -> None:
         (0.3, [2, 2]),
         (0.0, [1, 1]),
     ]
+
+
+class InTwo(nn.Module):
+    """Two parts: one with a gradient a thousand times the other's, slower and without decay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loud, self.soft = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+    def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return (1000 * self.loud + self.soft + self.frozen).sum() * batch.mean(), {}
+
+    def parts(self) -> list[Part]:
+        return [Part([self.loud, self.frozen], lr_ratio=0.1, decays=False), Part([self.soft])]
+
+
+def test_parts_are_clipped_alone_and_have_their_own_rate_and_decay(tmp_path: Path) -> None:
+    module = InTwo()
+    engine = Engine(module, OptimizerConfig(max_grad_norm=1.0), bf16=False, cpu=True, checkpoints=tmp_path)
+    groups = engine.optimizer.param_groups
+    assert [(len(g["params"]), g["weight_decay"], g.get("lr_ratio")) for g in groups] == [
+        (1, 0.0, 0.1), (0, 0.0, 0.1), (1, 0.1, None), (0, 0.0, None)
+    ]  # fmt: skip
+    _, norm = engine.step([torch.ones(1)])
+    assert norm == pytest.approx(2 * (1000**2 + 1) ** 0.5)
+    assert module.loud.grad is not None and module.soft.grad is not None and module.frozen.grad is None
+    assert float(module.loud.grad.norm()) == pytest.approx(1.0, rel=1e-4)
+    assert float(module.soft.grad.norm()) == pytest.approx(1.0, rel=1e-4), "not drowned by the other part"
+    engine.close()
 
 
 def test_muon_takes_the_matrices_of_blocks_and_resumes_exactly() -> None:

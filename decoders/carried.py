@@ -1,0 +1,46 @@
+"""The renderers that a bundle carries: which there are, told from their index alone, and one of them opened.
+
+Each is a folder `decoders/NAME/` in diffusers' layout. Only opening one needs diffusers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenizers_mm.errors import CheckpointError
+
+INDEX_FILE = "model_index.json"
+DRIVERS = ("codes", "vokens")
+
+
+def carried(folder: Path) -> dict[str, tuple[str, ...]]:
+    """The renderers in a bundle's `decoders` folder: name to what drives them; empty where there is none.
+
+    Raises:
+        CheckpointError: an index that cannot be read.
+    """
+    return {path.parent.name: _drivers(path) for path in sorted(folder.glob(f"*/{INDEX_FILE}"))}
+
+
+def _drivers(path: Path) -> tuple[str, ...]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return tuple(name for name in DRIVERS if index.get(name, [None])[0] is not None)
+    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def open_renderer(folder: Path, *, device: torch.device) -> Any:
+    """The renderer in a folder, ready to draw.
+
+    Raises:
+        MissingDependency: diffusers is absent or broken.
+        CheckpointError: it cannot be read.
+    """
+    renderer = importlib.import_module("decoders.decoder").FlowDecoder.from_pretrained(folder)
+    return renderer.to(device)
