@@ -11,31 +11,24 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from anygen._version import __version__
 from anygen.bundle import Bundle, load_bundle
-from anygen.documents import Segment
+from anygen.documents import Document, Segment
 from anygen.drawing import DEFAULT_STEPS, Drawer, noise_seed
+from anygen.editing import edit_of, infills
 from anygen.errors import InputError
 from anygen.grammar import Grammar, Plan
 from anygen.request import Request
-from anygen.results import (
-    Event,
-    Finished,
-    Output,
-    Sample,
-    SegmentFinished,
-    SegmentProgress,
-    SegmentStarted,
-    TextDelta,
-)
+from anygen.results import Event, Finished, Output, Sample
 from anygen.sampling.engine import Engine
 from anygen.sampling.sampler import SampleState, sample
 from anygen.sequence import Sequencer
+from anygen.streaming import Tracker
 from tokenizers_mm.codes import Codes
 
 _TEXT_BUDGET = 256
@@ -46,12 +39,13 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def _with_signature_of_request(method: Method) -> Method:
     """Show the fields of `Request` as the keyword arguments that they are, in help() and completion."""
-    own = inspect.signature(method)
+    own = inspect.signature(method).parameters.values()
     fields = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
         for f in dataclasses.fields(Request)
     ]
-    method.__signature__ = own.replace(parameters=[own.parameters["self"], *fields])  # type: ignore[attr-defined]
+    kept = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    method.__signature__ = inspect.Signature([*kept, *fields])  # type: ignore[attr-defined]
     return method
 
 
@@ -75,8 +69,11 @@ class AnyGen:
         return cls(load_bundle(folder, device=device))
 
     @_with_signature_of_request
-    def generate(self, **arguments: Any) -> Output:
-        """Generate; see `anygen.request.Request` for the arguments.
+    def generate(self, *, on_event: Callable[[Event | Finished], Any] | None = None, **arguments: Any) -> Output:
+        """Generate; see `anygen.request.Request` for the other arguments.
+
+        `on_event` is told what `stream` would tell. Where it returns False everything stops; samples then hold what is
+        whole, and the text so far.
 
         >>> model = AnyGen.from_pretrained()
         >>> model.generate(text="a red apple", output="image").image.size
@@ -86,7 +83,11 @@ class AnyGen:
             InputError: an argument that cannot be used, by name.
             TypeError: an unknown argument.
         """
-        return self.generate_batch([Request.of(arguments)])[0]
+        if on_event is None:
+            return self.generate_batch([Request.of(arguments)])[0]
+        if not callable(on_event):
+            raise InputError(f"on_event is called with every event; got {type(on_event).__name__}")
+        return self._watched(Request.of(arguments), on_event)
 
     def generate_batch(self, requests: Iterable[Request]) -> list[Output]:
         """Several requests in one batch; each answer is what it would be alone.
@@ -102,7 +103,7 @@ class AnyGen:
         for _ in sample(self.engine, [state for group in states for state in group]):
             pass
         return [
-            Output(tuple(self._sample(request, state) for state in group))
+            Output(tuple(self._sample(request, state, self._answer(request, state)) for state in group))
             for request, group in zip(requests, states, strict=True)
         ]
 
@@ -124,33 +125,67 @@ class AnyGen:
 
     @_with_signature_of_request
     def stream(self, **arguments: Any) -> Iterator[Event | Finished]:
-        """Generate, step by step: segments begun, text as it comes, progress of pictures and sounds, segments whole.
+        """Generate, step by step: segments begun, text as it comes, rows of pictures, sound in chunks, segments whole.
 
-        The last event is `Finished` with the same output that `generate` gives. Closing the iterator stops the work.
+        The last event is `Finished` with the same output that `generate` gives, sounds up to rounding (1e-6): they are
+        their chunks, joined. Closing the iterator stops the work and frees what it holds.
+
+        Raises:
+            InputError: (at once, not with the first event) an argument that cannot be used, by name.
+            TypeError: an unknown argument.
         """
         request = Request.of(arguments)
         states = self._states(request)
-        trackers = [_Tracker(self, index, self._drawer(request)) for index in range(len(states))]
+        return self._events(request, states, self._trackers(request, states))
+
+    def _trackers(self, request: Request, states: list[SampleState]) -> list[Tracker]:
+        return [
+            Tracker(
+                index,
+                state.walk,
+                self.sequencer,
+                self.bundle.tokenizers,
+                functools.partial(self._decoded, request, state),
+                state.edit,
+            )
+            for index, state in enumerate(states)
+        ]
+
+    def _events(
+        self, request: Request, states: list[SampleState], trackers: list[Tracker]
+    ) -> Iterator[Event | Finished]:
         for pairs in sample(self.engine, states):
             for index, id in pairs:
-                yield from trackers[index].push(id, states[index])
-        yield Finished(Output(tuple(self._sample(request, state) for state in states)))
+                yield from trackers[index].push(id)
+        yield Finished(self._output(request, states, trackers))
+
+    def _watched(self, request: Request, on_event: Callable[[Event | Finished], Any]) -> Output:
+        states = self._states(request)
+        trackers = self._trackers(request, states)
+        for event in self._events(request, states, trackers):
+            if on_event(event) is False or isinstance(event, Finished):
+                break
+        return self._output(request, states, trackers)
+
+    def _output(self, request: Request, states: list[SampleState], trackers: list[Tracker]) -> Output:
+        pairs = zip(states, trackers, strict=True)
+        return Output(tuple(self._sample(request, state, tracker.so_far) for state, tracker in pairs))
 
     def _states(self, request: Request) -> list[SampleState]:
         self._drawer(request).check()
-        tokenizers, layout = self.bundle.tokenizers, self.bundle.layout
+        tokenizers = self.bundle.tokenizers
         for segment in request.inputs:
             if segment.modality not in tokenizers:
                 raise InputError(
                     f"this model takes no {segment.modality} input; it takes {', '.join(sorted(tokenizers))}"
                 )
-        document = request.document().encode(tokenizers)
-        plan = request.plan(
-            layout,
-            self.bundle.vocabulary.modalities,
-            patch_px=tokenizers["image"].config.patch_px if "image" in tokenizers else 1,  # type: ignore[attr-defined]
-            frame_rate_hz=(tokenizers["audio"].rate_hz if "audio" in tokenizers else None) or 1.0,
-        )
+        edit = edit_of(request, self.bundle)
+        if edit is not None:
+            task = request.task or ("infill" if infills(self.bundle) else None)
+            document, plan = edit.document(self.bundle.vocabulary, task), Plan((edit.block(self.sequencer),))
+        else:
+            document, plan = request.document(), self._plan(request)
+        document = document.encode(tokenizers)
         prompt = self.sequencer.prompt(document)
         dropped = self.sequencer.prompt(document, drop_inputs=True) if document.segments else None
         self.grammar.check(plan)
@@ -171,6 +206,7 @@ class AnyGen:
                 generator,
                 seed=seed,
                 window=window,
+                edit=edit,
                 noise_seed=noise_seed(generator, seed, place),
             )
             for place, (generator, seed) in enumerate(request.generators())
@@ -178,6 +214,15 @@ class AnyGen:
 
     def _drawer(self, request: Request) -> Drawer:
         return Drawer(self.bundle, request.decoder, request.num_inference_steps or DEFAULT_STEPS)
+
+    def _plan(self, request: Request) -> Plan:
+        tokenizers = self.bundle.tokenizers
+        return request.plan(
+            self.bundle.layout,
+            self.bundle.vocabulary.modalities,
+            patch_px=tokenizers["image"].config.patch_px if "image" in tokenizers else 1,  # type: ignore[attr-defined]
+            frame_rate_hz=(tokenizers["audio"].rate_hz if "audio" in tokenizers else None) or 1.0,
+        )
 
     def _default_budget(self, plan: Plan) -> int:
         if plan.free:
@@ -191,10 +236,24 @@ class AnyGen:
             for b in plan.blocks
         )
 
-    def _sample(self, request: Request, state: SampleState) -> Sample:
+    def _answer(self, request: Request, state: SampleState) -> tuple[Segment, ...]:
+        """Everything a sample holds, decoded."""
         control = self.bundle.vocabulary.control
         parsed = self.sequencer.parse(np.array([control("target"), *state.ids]))
         assert parsed.complete, f"the grammar let through what parse refuses: {parsed.problem}"
+        return self._decoded(request, state, parsed.document).segments
+
+    def _decoded(self, request: Request, state: SampleState, document: Document, place: int = 0) -> Document:
+        """Codes of a sample's answer, or of a part of it behind so many pictures, as media."""
+        drawer, edit = self._drawer(request), state.edit
+        if edit is not None:
+            finished: Document = edit.finished(
+                drawer.decode(edit.whole(document), vokens=(), noise_seed=state.noise_seed)
+            )
+            return finished
+        return drawer.decode(document, vokens=state.vokens[place:], noise_seed=state.noise_seed, place=place)
+
+    def _sample(self, request: Request, state: SampleState, segments: tuple[Segment, ...]) -> Sample:
         provenance = {
             "anygen": __version__,
             "torch": str(torch.__version__),
@@ -202,11 +261,11 @@ class AnyGen:
             "vocabulary": self.bundle.vocabulary.fingerprint,
             "request": request.describe(),
         }
-        drawn = self._drawer(request).decode(parsed.document, vokens=state.vokens, noise_seed=state.noise_seed)
+        ended: Literal["eos", "length"] = "length" if state.walk.is_cut else "eos"
         return Sample(
-            drawn.segments,
+            segments,
             state.seed,
-            "length" if state.walk.is_cut else "eos",
+            ended if state.walk.done else "stopped",
             tuple(state.ids),
             provenance,
         )
@@ -214,50 +273,6 @@ class AnyGen:
     def decode(self, codes: Codes) -> Any:
         """Codes of any modality to media."""
         return self.bundle.tokenizers[codes.modality].decode(codes)
-
-
-class _Tracker:
-    """Turns the ids of one sample into events."""
-
-    def __init__(self, model: AnyGen, index: int, drawer: Drawer) -> None:
-        self._model, self._index, self._drawer = model, index, drawer
-        self._num_pictures = 0
-        self._start: int | None = None
-        self._text = ""
-
-    def push(self, id: int, state: SampleState) -> Iterator[Event]:
-        walk = state.walk
-        if self._start is None:
-            if walk.modality is not None:
-                self._start, self._text = len(state.ids) - 1, ""
-                yield SegmentStarted(self._index, walk.modality)
-        elif walk.modality is None:
-            block = state.ids[self._start :]
-            self._start = None
-            segment = self._finished(block, state)
-            self._num_pictures += segment.modality == "image"
-            if segment.modality == "text" and len(str(segment.content)) > len(self._text):
-                yield TextDelta(self._index, str(segment.content)[len(self._text) :])
-            yield SegmentFinished(self._index, segment)
-        elif walk.modality == "text":
-            yield from self._text_delta(state.ids[self._start + 1 :])
-        elif walk.num_written:
-            yield SegmentProgress(self._index, walk.num_written, walk.num_codes)
-
-    def _text_delta(self, ids: list[int]) -> Iterator[Event]:
-        text = self._model.decode(Codes(np.array([ids]), "text")).rstrip("\ufffd")  # half a character is held back
-        if len(text) > len(self._text):
-            yield TextDelta(self._index, text[len(self._text) :])
-            self._text = text
-
-    def _finished(self, block: list[int], state: SampleState) -> Segment:
-        vocabulary = self._model.bundle.vocabulary
-        parsed = self._model.sequencer.parse(
-            np.array([vocabulary.control("target"), *block, vocabulary.control("eos")])
-        )
-        place = self._num_pictures
-        vokens = state.vokens[place:]  # where there are any, every picture of the answer is written so
-        return self._drawer.decode(parsed.document, vokens=vokens, noise_seed=state.noise_seed, place=place).segments[0]
 
 
 @functools.lru_cache(maxsize=1)

@@ -67,6 +67,17 @@ class CodebookOrder:
         """The book that each step belongs to."""
         return self.coordinates_S2(num_frames)[:, 0]
 
+    def num_whole(self, num_frames: int) -> IntArray:
+        """After each number of steps, 0 to S: how many leading frames have all their codes.
+
+        >>> CodebookOrder("delay", num_codebooks=2).num_whole(3).tolist()
+        [0, 0, 0, 1, 1, 2, 3]
+        """
+        frame_S = self.coordinates_S2(num_frames)[:, 1]
+        last_T = np.zeros(num_frames, dtype=np.int64)
+        np.maximum.at(last_T, frame_S, np.arange(len(frame_S)))
+        return np.searchsorted(np.maximum.accumulate(last_T), np.arange(len(frame_S) + 1), side="left")
+
     def apply(self, codes_KT: IntArray) -> IntArray:
         """K x T codes to S codes.
 

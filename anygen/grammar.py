@@ -172,6 +172,10 @@ class Walk:
         """True inside a voken block."""
         return self._block is not None and self._block.as_vokens
 
+    def again(self) -> Walk:
+        """A new walk from the start, of the same plan and budget."""
+        return Walk(self._grammar, self._plan, self.budget)
+
     def push(self, id: int) -> None:
         """Take the next id; it must be allowed."""
         assert any(start <= id < stop for start, stop in self.allowed), f"id {id} is not in {self.allowed}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from anygen.documents import Document, Media, Segment, default_task
+from anygen.documents import Document, Segment, default_task
 from anygen.errors import InputError
 from anygen.grammar import Block, Plan
+from anygen.inputs import MaskSource, checked_span, describe, flattened, load_mask, segment_of
 from anygen.layout import Layout
 from anygen.sampling.choose import OPTION_NAMES, SamplingOptions
 from anygen.vocabulary import NUM_NUMBERS, TASKS
 from tokenizers_mm.codes import MODALITIES, Modality
-from tokenizers_mm.media import Audio, PictureSource, Region, SoundSource, load_picture, load_sound
+from tokenizers_mm.media import PictureSource, SoundSource
 
 OutputName = Literal["text", "image", "audio", "region", "any"]
 MAX_SAMPLES = 1024
@@ -59,7 +59,8 @@ class Request:
     output: OutputName | Sequence[OutputName] | None = None
     """What to generate, in order; `any` lets the model decide. May be left out where `task` says it."""
     task: str | None = None
-    """`depict`, `caption`, `speak`, `transcribe`, `answer`, `locate`, `continue`; by default from inputs and output."""
+    """`depict`, `caption`, `speak`, `transcribe`, `answer`, `locate`, `continue`, `infill`; by default from inputs and
+    output."""
     num_samples: int = 1
     seed: int | None = 0
     """Sample i is drawn from seed + i; None takes a new seed and reports it."""
@@ -78,6 +79,12 @@ class Request:
     """Length of generated sounds; by default the model chooses."""
     speculative_window: int | None = None
     """How many codes of a picture or sound one pass may add; 1 is plain sampling. What is drawn is the same."""
+    mask: MaskSource | None = None
+    """Edits `image`: what is white (or True) is drawn anew, the rest keeps its codes. It is scaled to the picture."""
+    span: Sequence[float] | None = None
+    """Edits `audio`: from when to when, in seconds, it is made anew; the rest keeps its codes, and the length stays."""
+    keep_original: bool = False
+    """Pixels outside the mask and samples outside the span come back as given, not as their codes give them."""
     decoder: Literal["codes", "diffusion", "voken"] = "codes"
     """What draws pictures; diffusion decoders come with bundles that carry them, and need `anygen[diffusion]`."""
     num_inference_steps: int | None = None
@@ -104,6 +111,7 @@ class Request:
             raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
         if self.num_inference_steps is not None:
             self._take_integer("num_inference_steps", 1, 100)
+        self._check_edit()
         self.outputs  # noqa: B018  checks them
         self.options({})
 
@@ -113,6 +121,33 @@ class Request:
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
             raise InputError(f"{name} must be an integer from {low} to {high}; got {value!r}")
         object.__setattr__(self, name, int(value))
+
+    @property
+    def edited(self) -> Literal["image", "audio"] | None:
+        """What is edited, where something is."""
+        return "image" if self.mask is not None else "audio" if self.span is not None else None
+
+    def _check_edit(self) -> None:
+        if not isinstance(self.keep_original, bool):
+            raise InputError(f"keep_original must be True or False; got {self.keep_original!r}")
+        if self.edited is None:
+            if self.keep_original or self.task == "infill":
+                name = "keep_original" if self.keep_original else "task 'infill'"
+                raise InputError(f"{name} is of edits: pass an image with a mask, or audio with a span")
+            return
+        if self.mask is not None and self.span is not None:
+            raise InputError("pass either a mask (edits a picture) or a span (edits a sound), not both")
+        if self.outputs != (self.edited,):
+            raise InputError(f"what is edited is the only output: output={self.edited!r}; got {self.outputs}")
+        if self.size is not None or self.duration_s is not None or self.decoder == "voken":
+            raise InputError("an edited picture or sound keeps its size or duration, and is drawn from codes")
+        if self.span is not None:
+            object.__setattr__(self, "span", checked_span(self.span))
+
+    @cached_property
+    def mask_picture(self) -> Image.Image | None:
+        """The mask in shades of grey, loaded and checked."""
+        return None if self.mask is None else load_mask(self.mask)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Request:
@@ -134,6 +169,8 @@ class Request:
         """What is asked for, in order."""
         output = self.output
         if output is None:
+            if self.edited is not None:
+                return (self.edited,)
             if self.task not in _TASK_OUTPUT:
                 raise InputError("say what to generate: output (--output) text, image, audio, or several of them")
             return (_TASK_OUTPUT[self.task],)
@@ -151,13 +188,13 @@ class Request:
     def inputs(self) -> tuple[Segment, ...]:
         """The inputs as media, loaded and checked."""
         if self.content is not None:
-            return tuple(_segment(item) for item in _flattened(self.content))
+            return tuple(segment_of(item) for item in flattened(self.content))
         given: list[Mapping[str, Any]] = []
         for modality in INPUT_ORDER:
             value = getattr(self, modality)
             if value is not None:
                 given.append({"type": modality, modality: value})
-        return tuple(_segment(item) for item in given)
+        return tuple(segment_of(item) for item in given)
 
     def document(self) -> Document:
         """The inputs, and the task that they and the first output suggest."""
@@ -237,61 +274,16 @@ class Request:
 
     def describe(self) -> dict[str, Any]:
         """JSON-able account of the request: texts as they are, media by the hash of their content."""
-        facts: dict[str, Any] = {"output": list(self.outputs), "inputs": [_describe(s) for s in self.inputs]}
-        for name in ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s", "num_inference_steps"):
+        facts: dict[str, Any] = {"output": list(self.outputs), "inputs": [describe(s) for s in self.inputs]}
+        for name in ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s", "span", "num_inference_steps"):
             if getattr(self, name) is not None:
                 facts[name] = getattr(self, name)
+        if self.mask_picture is not None:
+            facts["mask"] = describe(Segment("image", self.mask_picture))
+        if self.keep_original:
+            facts["keep_original"] = True
         if isinstance(self.size, Sequence):
             facts["size"] = [int(side) for side in self.size]
         if self.decoder != "codes":
             facts["decoder"] = self.decoder
         return facts
-
-
-def _flattened(content: Sequence[Mapping[str, Any]], *, is_message: bool = False) -> list[Mapping[str, Any]]:
-    """Items of a content list, or of the content of chat messages."""
-    if isinstance(content, str | bytes) or not isinstance(content, Sequence):
-        raise InputError(
-            f"content is a list of items such as {{'type': 'text', 'text': ...}}; got {type(content).__name__}"
-        )
-    items: list[Mapping[str, Any]] = []
-    for item in content:
-        if not isinstance(item, Mapping):
-            raise InputError(f"content holds a {type(item).__name__}; every item is a dict with a 'type'")
-        if "role" in item and "content" in item and not is_message:
-            inner = item["content"]
-            items += [{"type": "text", "text": inner}] if isinstance(inner, str) else _flattened(inner, is_message=True)
-        else:
-            items.append(item)
-    return items
-
-
-def _segment(item: Mapping[str, Any]) -> Segment:
-    modality = item.get("type")
-    if modality not in MODALITIES:
-        raise InputError(f"a content item needs a type, {', '.join(MODALITIES)}; got {modality!r}")
-    names = [name for name in (modality, "path", "url") if name in item]  # the last two as in transformers' chats
-    if not names:
-        raise InputError(f"a content item of type {modality!r} needs its value under {modality!r}; got {sorted(item)}")
-    value = item[names[0]]
-    media: Media
-    if modality == "text":
-        if not isinstance(value, str):
-            raise InputError(f"text must be a str; got {type(value).__name__}")
-        media = value
-    elif modality == "image":
-        media = load_picture(value)
-    elif modality == "audio":
-        media = load_sound(value)
-    else:
-        media = value if isinstance(value, Region) else Region(tuple(value) if isinstance(value, Sequence) else value)
-    return Segment(modality, media)
-
-
-def _describe(segment: Segment) -> dict[str, Any]:
-    content = segment.content
-    if isinstance(content, Image.Image):
-        return {"type": "image", "sha256": hashlib.sha256(content.tobytes()).hexdigest(), "size": list(content.size)}
-    if isinstance(content, Audio):
-        return {"type": "audio", "sha256": hashlib.sha256(content.samples_T.tobytes()).hexdigest()}
-    return {"type": segment.modality, segment.modality: content.values if isinstance(content, Region) else str(content)}

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from anygen.documents import Segment
 from anygen.errors import InputError
+from tokenizers_mm.codes import Codes
 from tokenizers_mm.media import Audio, Region
 
 _NUMBERED = re.compile(r"(\d{2,})[-.]")
@@ -26,8 +28,9 @@ class Sample:
     """Media, in the order in which they were generated."""
     seed: int | None
     """The seed of this very sample; None where the caller passed a generator."""
-    finish_reason: Literal["eos", "length"]
-    """`length` where `max_new_tokens` cut a text short, made a picture or sound smaller, or left no room for more."""
+    finish_reason: Literal["eos", "length", "stopped"]
+    """`length` where `max_new_tokens` cut a text short, made a picture or sound smaller, or left no room for more;
+    `stopped` where a callback ended it: whole segments, and the text so far."""
     ids: tuple[int, ...] = field(repr=False)
     """The generated ids."""
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -167,6 +170,36 @@ class SegmentProgress(Event):
 
     num_done: int
     num_codes: int
+
+
+@dataclass(frozen=True)
+class RowDone(Event):
+    """A picture has one more row of codes, in all its codebooks."""
+
+    num_done: int
+    num_rows: int
+    codes: Codes = field(repr=False)
+    """Of the rows so far."""
+    draw: Callable[[Codes], Image.Image] = field(repr=False, compare=False)
+
+    def preview(self) -> Image.Image:
+        """The picture so far, at its final size and white below; drawn when it is asked for."""
+        rows, columns = self.num_done, self.codes.num_steps // self.num_done
+        grid_KHW = self.codes.codes_KT.reshape(-1, rows, columns)
+        below_KHW = np.repeat(grid_KHW[:, -1:], self.num_rows - rows, axis=1)  # better for the last row than nothing
+        whole_KT = np.concatenate([grid_KHW, below_KHW], axis=1).reshape(len(grid_KHW), -1)
+        picture = self.draw(Codes(whole_KT, "image", (self.num_rows, columns)))
+        end_px = picture.height * rows // self.num_rows
+        picture.paste("white", (0, end_px, picture.width, picture.height))
+        return picture
+
+
+@dataclass(frozen=True)
+class SoundChunk(Event):
+    """More of a sound, ready to be played; joined, the chunks are the whole."""
+
+    audio: Audio
+    start_s: float
 
 
 @dataclass(frozen=True)

@@ -152,10 +152,8 @@ class Sequencer:
             control = self.vocabulary.control
             return np.concatenate([[control("voken")], self.vocabulary.vokens_N, [control("/voken")]])
         if isinstance(codes, Holed):
-            ids_S, known_S = (
-                self.block_ids(codes.codes),
-                self.orders[codes.codes.modality].apply(codes.known_KT * 1) > 0,
-            )
+            ids_S = self.block_ids(codes.codes)
+            known_S = self.orders[codes.codes.modality].apply(codes.known_KT * 1) > 0
             ids_S[-1 - len(known_S) : -1][~known_S] = self.vocabulary.control("hole")
             return ids_S
         modality = codes.modality

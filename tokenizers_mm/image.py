@@ -149,15 +149,15 @@ class ImageTokenizer:
         return cls(config, encoder, head_config, head)
 
 
-def square(picture: Image.Image, side_px: int) -> Image.Image:
-    """Scaled so that the longer side is `side_px`, padded to a square with white."""
+def square(picture: Image.Image, side_px: int, *, fill: str = "white") -> Image.Image:
+    """Scaled so that the longer side is `side_px`, padded to a square with `fill`."""
     scale = side_px / max(picture.size)
     if scale != 1:  # before padding: the square of a 16,384 x 1 picture would take 800 MB
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     if picture.size == (side_px, side_px):
         return picture
-    canvas = Image.new("RGB", (side_px, side_px), "white")
+    canvas = Image.new(picture.mode, (side_px, side_px), fill)
     canvas.paste(picture, ((side_px - picture.width) // 2, (side_px - picture.height) // 2))
     return canvas
 

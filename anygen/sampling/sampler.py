@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ class SampleState:
     """Of the noise from which a diffusion decoder draws this sample's pictures."""
     window: int = 1
     """How many codes of a picture or sound one pass may add; 1 is plain sampling. The ids are the same."""
+    edit: Any = None
+    """What is edited, for whoever decodes the answer (`anygen.editing`)."""
     vokens: list[Tensor] = field(default_factory=list)
     """Hidden states at the vokens of each voken block, N x width, in order."""
 
