@@ -120,20 +120,22 @@ class Tracker:
         control = self._sequencer.vocabulary.control
         parsed = self._sequencer.parse(np.array([control("target"), *self._block, control("eos")]))
         assert parsed.complete, f"the grammar let through what parse refuses: {parsed.problem}"
-        if isinstance(self._growing, _Sound) and self._growing.is_chunked:
-            yield from self._growing.finish()
-            segment = Segment("audio", self._growing.joined(), target=True)
+        last: list[Event] = []
+        sound = self._growing if isinstance(self._growing, _Sound) else None
+        if sound is not None and sound.is_chunked:
+            last += sound.finish()
+            segment = Segment("audio", sound.joined(), target=True)
         else:
             num_pictures = sum(segment.modality == "image" for segment in self.segments)
             segment = self._decode(parsed.document, num_pictures).segments[0]
-        if segment.modality == "text" and len(str(segment.content)) > len(self._text):
-            yield TextDelta(self.index, str(segment.content)[len(self._text) :])
-        if isinstance(self._growing, _Sound) and not self._growing.is_chunked:
-            assert isinstance(segment.content, Audio)
-            yield SoundChunk(self.index, segment.content, 0.0)
-        self.segments.append(segment)
+        content = segment.content
+        if isinstance(content, str) and len(content) > len(self._text):
+            last.append(TextDelta(self.index, content[len(self._text) :]))
+        if isinstance(content, Audio) and not (sound is not None and sound.is_chunked):
+            last.append(SoundChunk(self.index, content, 0.0))
+        self.segments.append(segment)  # before the events: who stops at one of them has it
         self._growing = None
-        yield SegmentFinished(self.index, segment)
+        yield from (*last, SegmentFinished(self.index, segment))
 
 
 class _Frames:
