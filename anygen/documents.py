@@ -79,7 +79,7 @@ class Vokens:
     picture: Codes | None = field(default=None, compare=False)
     """What is to be drawn, where it is known: in training."""
     key: str = field(default="", compare=False)
-    """Of the record that the picture is of, in training."""
+    """Of the record that the picture is of, in training; behind it `/2` for the third picture of its story."""
     states: Any = field(default=None, compare=False, repr=False)
     """Hidden states at the vokens after the final norm, a tensor vokens x width, where a model wrote them."""
 

@@ -151,10 +151,11 @@ class RecordStore:
         names = self._entries[index][2]
         return sum(name.split(".")[-1] in SOUND_TYPES and not name.startswith((_ASKED, _ANSWERED)) for name in names)
 
-    def picture(self, index: int) -> bytes | None:
-        """The encoded picture of a record; its sounds are not read."""
+    def picture(self, index: int, *, of_story: int | None = None) -> bytes | None:
+        """The encoded picture of a record, or one of its story's by number; its sounds are not read."""
         path, _, members = self._entries[index]
-        place = next((place for name, place in members.items() if _is_picture(name)), None)
+        wanted = (lambda name: name.startswith(f"{_STORY}{of_story}.")) if of_story is not None else _is_picture
+        place = next((place for name, place in members.items() if wanted(name)), None)
         if place is None:
             return None
         with path.open("rb") as file:

@@ -45,7 +45,7 @@ def story_document(record: CodedRecord, given: str, targets: Sequence[BlockName]
     segments = [Segment(_modality_of(part), part) for part in parts]
     last = len(story) if len(targets) > 1 else first + 1
     as_vokens = "voken" in targets
-    segments += [_target(part, as_vokens) for part in story[first:last]]
+    segments += [_target(record, place, as_vokens) for place in range(first, last)]
     return Document(
         tuple(segments), default_task(tuple(s.modality for s in segments[: len(parts)]), _modality_of(story[first]))
     )
@@ -60,9 +60,12 @@ def _places(record: CodedRecord, targets: Sequence[BlockName]) -> list[int]:
     return [place for place in places if place] or places
 
 
-def _target(part: str | Codes, as_vokens: bool) -> Segment:
-    is_drawn = as_vokens and isinstance(part, Codes)
-    return Segment(_modality_of(part), Vokens(part) if is_drawn else part, target=True)  # type: ignore[arg-type]
+def _target(record: CodedRecord, place: int, as_vokens: bool) -> Segment:
+    part = record.story[place]
+    if not as_vokens or isinstance(part, str):
+        return Segment(_modality_of(part), part, target=True)
+    number = sum(isinstance(before, Codes) for before in record.story[:place])
+    return Segment("image", Vokens(part, f"{record.key}/{number}"), target=True)
 
 
 def _modality_of(part: str | Codes) -> Modality:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from anygen.data.coded import CodedRecord, CodedStore, write_coded_shard
+from anygen.data.pictures import NamedPictures
 from anygen.data.records import Record, RecordStore, write_shard
 from anygen.data.source import png_of
 from anygen.data.sources import EmojiSource, StoriesSource
@@ -287,6 +288,25 @@ def test_as_vokens_only_what_is_asked_for_is_written() -> None:
                 is_picture = segment.modality == "image"
                 assert isinstance(segment.content, Vokens) == (is_picture and segment.target)
             assert all(told(document)[1])
+
+
+def test_the_picture_behind_a_voken_block_is_found_in_the_records(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", [Record("k", "story", story=STORY.story), Record("p", picture=png("green"))])
+    pictures = NamedPictures(RecordStore([tmp_path / "s.tar"]), 8)
+    pixels = pictures.pixels(["k/1", "p", "k/0"])
+    assert pixels.shape == (3, 3, 8, 8) and pixels.mean((2, 3)).round(decimals=2).tolist() == [
+        [0, 0, 1], [0, pytest.approx(0.5, abs=0.01), 0], [1, 0, 0]
+    ]  # fmt: skip
+    assert pictures.pixels([]).shape == (0, 3, 8, 8)
+    for missing in ("k", "k/2", "x"):
+        with pytest.raises(DataError, match="no picture"):
+            pictures.pixels([missing])
+    keys = set()
+    for document in documents_of("story>voken"):
+        content = document.segments[-1].content
+        assert isinstance(content, Vokens) and content.picture == codes(int(content.key[-1]) + 1)
+        keys.add(content.key)
+    assert keys == {"k/0", "k/1", "k/2"}
 
 
 def test_directions_that_are_none_are_refused_and_others_stay_what_they_were() -> None:
