@@ -5,7 +5,7 @@
     voken       the bundle's flow decoder, from the hidden states at the vokens (MiniGPT-5, arXiv 2310.02239)
 
 A flow decoder starts from noise. It comes from the sample's seed and the picture's place in the answer, so neither the
-batch nor the moment of drawing matters, and the ids of a sample are the same with "codes" and "diffusion". Pictures are
+batch nor the moment of drawing matters; with `size` given, "codes" and "diffusion" sample the same ids. Pictures are
 drawn one at a time: the last bits of a batched product would depend on the batch.
 """
 

@@ -58,7 +58,8 @@ def _bundle(path: Path) -> Facts:
 
 
 def _run(path: Path) -> Facts:
-    from anygen.stages.run import STAGE_JSON, STAGES
+    from anygen.stages.catalogue import STAGES
+    from anygen.stages.run import STAGE_JSON
 
     stages = {}
     for stage in STAGES:

@@ -26,8 +26,9 @@ from anygen.config import build
 from anygen.evaluation.emoji import RealEmoji, proportion
 from anygen.evaluation.frechet import frechet_distance
 from anygen.request import Request
+from anygen.stages.catalogue import STAGES
 from anygen.stages.image_tokenizer import ImageTokenizerConfig, open_teacher
-from anygen.stages.run import STAGES, run_stage
+from anygen.stages.run import run_stage
 from tokenizers_mm.image import to_pixels
 from tokenizers_mm.teacher import VisionTeacher
 

@@ -1,16 +1,12 @@
 """Optional renderers: from a picture's or sound's codes, or from voken hidden states, to media by diffusion.
 
-A bundle carries each of them as a folder `decoders/NAME/` in diffusers' layout. The renderers themselves come after
-the first release; what stands here is how a bundle says which ones it has.
+A bundle carries each of them as a folder `decoders/NAME/` in diffusers' layout (`decoders.carried`). They need
+diffusers, which is an extra (`anygen[diffusion]`): `flow`, `spans`, `carried` and `optional` work without it;
+`denoiser`, `drivers` and `decoder` import it, and are imported only where one is used.
+
+The module names of saved components are part of their format: classes stay where they are.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
-INDEX_FILE = "model_index.json"
-
-
-def list_renderers(folder: Path) -> tuple[str, ...]:
-    """Names of the renderers in a bundle's `decoders` folder, sorted; empty where there is none."""
-    return tuple(sorted(path.parent.name for path in folder.glob(f"*/{INDEX_FILE}")))
+from tokenizers_mm import compat  # noqa: F401  before anything here imports diffusers

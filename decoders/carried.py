@@ -5,14 +5,15 @@ Each is a folder `decoders/NAME/` in diffusers' layout. Only opening one needs d
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from decoders.optional import load_diffusers
 from tokenizers_mm.errors import CheckpointError
+from tokenizers_mm.weights import UNREADABLE
 
 INDEX_FILE = "model_index.json"
 DRIVERS = ("codes", "vokens")
@@ -42,5 +43,10 @@ def open_renderer(folder: Path, *, device: torch.device) -> Any:
         MissingDependency: diffusers is absent or broken.
         CheckpointError: it cannot be read.
     """
-    renderer = importlib.import_module("decoders.decoder").FlowDecoder.from_pretrained(folder)
-    return renderer.to(device)
+    load_diffusers()
+    from decoders.decoder import FlowDecoder
+
+    try:
+        return FlowDecoder.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32).to(device)
+    except UNREADABLE as error:
+        raise CheckpointError(f"the decoder in {folder} cannot be read: {str(error).splitlines()[0]}") from error

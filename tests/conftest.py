@@ -212,3 +212,61 @@ def model(bundle_folder: Path) -> Any:
 @pytest.fixture
 def generator() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def drawing_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Any,
+    vocabulary: Vocabulary,
+    layout: Layout,
+    tokenizers: dict[str, Any],
+) -> Path:
+    """A bundle with an untrained diffusion decoder that takes codes and vokens. Do not change it: copy it first."""
+    folder = tmp_path_factory.mktemp("bundles")
+    tiny_decoder(folder / "decoder", layout, vocabulary, hidden_dim=tiny_model.config.hidden_size)
+    decoders = {"image": folder / "decoder"}
+    save_tiny_bundle(folder / "drawing", tiny_model, vocabulary, layout, tokenizers, decoders)
+    return folder / "drawing"
+
+
+@pytest.fixture(scope="session")
+def codes_only_folder(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_model: Any,
+    vocabulary: Vocabulary,
+    layout: Layout,
+    tokenizers: dict[str, Any],
+) -> Path:
+    """A bundle with an untrained diffusion decoder that takes codes only. Do not change it: copy it first."""
+    folder = tmp_path_factory.mktemp("bundles")
+    tiny_decoder(folder / "decoder", layout, vocabulary, hidden_dim=None)
+    decoders = {"image": folder / "decoder"}
+    save_tiny_bundle(folder / "codes", tiny_model, vocabulary, layout, tokenizers, decoders)
+    return folder / "codes"
+
+
+def tiny_decoder(folder: Path, layout: Layout, vocabulary: Vocabulary, *, hidden_dim: int | None) -> None:
+    """Save a random decoder of 16 px pictures: driven by codes and, where `hidden_dim` says their width, by vokens."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from decoders.decoder import FlowDecoder
+    from decoders.denoiser import FlowTransformer
+    from decoders.drivers import CodeEmbedder, VokenMapper
+
+    patches = layout.native_grid_hw[0] * layout.native_grid_hw[1]
+    book = vocabulary.range("image.0").size
+    vokens = len(vocabulary.vokens_N)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        denoiser = FlowTransformer(size=(16, 16), patch=(8, 8), width=32, depth=1, heads=2, condition_dim=8)
+        torch.nn.init.normal_(denoiser.out.weight, std=0.1)  # else it would ignore its condition
+        mapper = None
+        if hidden_dim is not None:
+            mapper = VokenMapper(
+                hidden_dim=hidden_dim, vokens=vokens, patches=patches, dim=8,
+                codebook_size=book, width=16, layers=1, heads=2,
+            )  # fmt: skip
+        codes = CodeEmbedder(codebook_size=book, dim=8, patches=patches)
+        scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+        FlowDecoder(denoiser, scheduler, codes=codes, vokens=mapper).save_pretrained(folder)

@@ -23,6 +23,10 @@ ROOMS = [
 ]  # fmt: skip
 FRAGILE = ("xformers", "torchvision", "torchaudio", "torchcodec", "encodec", "diffusers")
 MAX_LINES = 300
+# Their classes derive from diffusers': they are imported by none of the other files of decoders/, but inside functions.
+DIFFUSERS_FILES = ("decoders/denoiser.py", "decoders/drivers.py", "decoders/decoder.py")
+# Files of anygen that meet decoders: where a bundle is assembled, and the stages that train them.
+MEET_DECODERS = ("anygen/bundle.py", "anygen/stages/vokens.py", "anygen/stages/voken_losses.py")
 
 
 def sources() -> list[Path]:
@@ -56,7 +60,9 @@ def test_packages_and_rooms_import_one_way(path: Path) -> None:
         if target in PACKAGES and target != package:
             assert target in MAY_IMPORT[package], f"{relative} imports {module}"
         if target == "decoders" and package == "anygen":
-            assert relative.as_posix() == "anygen/bundle.py", "decoders are met only where a bundle is assembled"
+            assert relative.as_posix() in MEET_DECODERS, (
+                "decoders are met only where a bundle is assembled, or in training"
+            )
         if package == target == "anygen" and module.count(".") >= 1 and relative.name != "__init__.py":
             here = relative.with_suffix("").parts[1]
             there = room_of(module)
@@ -94,7 +100,10 @@ def test_files_are_short_documented_and_free_of_banned_imports(path: Path) -> No
     if path.name != "__init__.py" or text.strip():
         assert ast.get_docstring(ast.parse(text)), "a file opens by saying what it is"
     for module in imports_of(path, top_level_only=True):
-        assert module.split(".")[0] not in FRAGILE, f"{module} may be absent or broken: import it where it is used"
+        lazy = module.split(".")[0] == "diffusers" and path.relative_to(ROOT).as_posix() in DIFFUSERS_FILES
+        assert lazy or module.split(".")[0] not in FRAGILE, (
+            f"{module} may be absent or broken: import it where it is used"
+        )
         assert module.split(".")[0] != "pickle"
     if any(m.split(".")[0] in ("xformers", "mslk") for m in imports_of(path)) or "xformers." in text or "mslk." in text:
         assert path.name == "attention_kernels.py", "only one file knows xformers and mslk"

@@ -11,7 +11,6 @@ import importlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +21,7 @@ from anygen.config import build, override, read_yaml
 from anygen.errors import CheckpointError, ConfigError
 from anygen.files import read_json, remove_leftovers, write_json
 from anygen.stages.base import StageConfig, StageResult
+from anygen.stages.catalogue import ALTERNATIVES, OPTIONAL, STAGES
 from anygen.training import processes
 from tokenizers_mm.codes import fingerprint_of
 
@@ -29,35 +29,6 @@ logger = logging.getLogger("anygen")
 STAGE_JSON, STARTED_JSON = "stage.json", "started.json"
 _PATIENCE_S = 60.0
 """How long the shares of a stage wait for one another to look after the run's folder."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Where a stage's code is, and whose work it reads."""
-
-    config_class: str
-    needs: tuple[str, ...]
-
-
-STAGES: dict[str, Stage] = {
-    "data": Stage("DataConfig", ()),
-    "text_tokenizer": Stage("TextTokenizerConfig", ("data",)),
-    "teacher": Stage("TeacherConfig", ("data", "text_tokenizer")),
-    "image_tokenizer": Stage("ImageTokenizerConfig", ("data", "teacher")),
-    "audio_tokenizer": Stage("AudioTokenizerConfig", ("data",)),
-    "tokenize": Stage("TokenizeConfig", ("data", "image_tokenizer", "audio_tokenizer")),
-    "pretrain": Stage("PretrainConfig", ("text_tokenizer", "tokenize")),
-    "bundle": Stage("BundleConfig", ("pretrain",)),
-    "gallery": Stage("GalleryConfig", ("bundle",)),
-}
-"""Every stage, in the order in which a family runs them."""
-ALTERNATIVES = {
-    ("audio_tokenizer", "checkpoint"): ("published_codec", "PublishedCodecConfig"),
-    ("text_tokenizer", "checkpoint"): ("llm_tokenizer", "LLMTokenizerConfig"),
-}
-"""Stage and a key that makes its recipe one of another kind -> where that kind's code is."""
-OPTIONAL = ("teacher", "image_tokenizer", "audio_tokenizer")
-"""A teacher may come from elsewhere, and a run may do without pictures or without sound."""
 
 
 def load_recipe(

@@ -13,7 +13,8 @@ from anygen.config import Config, build, override, read_yaml
 from anygen.data.sources import EmojiSource
 from anygen.errors import ConfigError, InputError
 from anygen.recipes_index import copy_recipe, find_recipe, list_recipes, recipes_folder
-from anygen.stages.run import STAGES, load_recipe
+from anygen.stages.catalogue import STAGES
+from anygen.stages.run import load_recipe
 
 
 class Inner(Config):

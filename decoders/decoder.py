@@ -1,0 +1,116 @@
+"""`FlowDecoder`: noise and a condition to media, in few steps; a `DiffusionPipeline` with its own saving and loading.
+
+Stochastic steps (denoise, then add fresh noise for the next level) need four network calls where plain Euler needs
+twenty and is worse (measured).
+
+Dimension key: B samples, C H W data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from torch import Tensor
+
+from decoders.denoiser import FlowTransformer
+from decoders.drivers import CodeEmbedder, VokenMapper
+from decoders.flow import step_sigmas, velocity
+from tokenizers_mm import compat  # noqa: F401  before diffusers
+from tokenizers_mm.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderOutput:
+    """What was drawn."""
+
+    data_BCHW: Tensor
+    """In [-1, 1] for pictures."""
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """As pictures."""
+        pixels = ((self.data_BCHW.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return [Image.fromarray(np.ascontiguousarray(p.permute(1, 2, 0).cpu().numpy())) for p in pixels]
+
+
+class FlowDecoder(DiffusionPipeline):  # type: ignore[misc]
+    """A denoiser with its drivers.
+
+    Args:
+        denoiser: of the media.
+        scheduler: `FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)` for few steps.
+        codes: driver for codes.
+        vokens: driver for hidden states at vokens.
+    """
+
+    _optional_components = ["codes", "vokens"]
+
+    def __init__(
+        self,
+        denoiser: FlowTransformer,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        codes: CodeEmbedder | None = None,
+        vokens: VokenMapper | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, codes=codes, vokens=vokens)
+
+    @property
+    def num_patches(self) -> int:
+        """Features of a condition."""
+        return int(self.denoiser.num_patches)
+
+    def condition(self, *, codes: Tensor | None = None, vokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A condition, and the null of its driver.
+
+        Raises:
+            InputError: not exactly one of the two, or one without its driver.
+        """
+        given = {name: value for name, value in (("codes", codes), ("vokens", vokens)) if value is not None}
+        if len(given) != 1:
+            raise InputError("a decoder is driven by either codes or vokens")
+        name, value = next(iter(given.items()))
+        driver = getattr(self, name)
+        if driver is None:
+            raise InputError(f"this decoder is not driven by {name}")
+        return driver(value.to(self.device)), driver.null(len(value))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *,
+        codes: Tensor | None = None,
+        vokens: Tensor | None = None,
+        steps: int = 4,
+        guidance: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> DecoderOutput:
+        """Draw.
+
+        Args:
+            codes: B x P codes, or
+            vokens: B x N x D hidden states.
+            steps: network calls, twice as many with guidance.
+            guidance: extrapolation from the null to the condition; 1 is off.
+            generator: one, or one a sample.
+        """
+        from diffusers.utils.torch_utils import randn_tensor
+
+        condition, null = self.condition(codes=codes, vokens=vokens)
+        config = self.denoiser.config
+        shape = (len(condition), config.channels, *config.size)
+        x: Any = randn_tensor(shape, generator=generator, device=self.device, dtype=condition.dtype)
+        self.scheduler.set_timesteps(sigmas=step_sigmas(steps), device=self.device)
+        for timestep in self.scheduler.timesteps:
+            t_B = (timestep / self.scheduler.config.num_train_timesteps).expand(len(x))
+            denoised = self.denoiser(x, t_B, condition)
+            if guidance != 1:
+                other = self.denoiser(x, t_B, null)
+                denoised = other + guidance * (denoised - other)
+            x = self.scheduler.step(velocity(denoised, x, t_B), timestep, x, generator=generator).prev_sample
+        return DecoderOutput(x)
