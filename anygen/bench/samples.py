@@ -125,13 +125,14 @@ def _utilisation(lengths: IntArray, size: int) -> float:
 
 
 def synthetic_samples(composition: Composition, *, vocabulary_size: int, seed: int, length_factor: int = 1) -> Samples:
-    """Random ids in documents whose lengths have the emoji mix's quantiles, times a factor."""
+    """Random ids of text in documents whose lengths have the emoji mix's quantiles, times a factor."""
+    num_text = vocabulary_size - Vocabulary.create(text=0).used  # not every control token is learned
 
     def example(number: int) -> Sequence:
         generator = np.random.default_rng([seed, number])
         quantiles = _TEXT if generator.random() < composition.plain_text_share else _MIX
         length = round(length_factor * float(np.interp(generator.random(), _SHARES, quantiles)))
-        return Sequence(generator.integers(1, vocabulary_size, length), np.ones(length, np.bool_), ())
+        return Sequence(generator.integers(1, num_text, length), np.ones(length, np.bool_), ())
 
     times = f", times {length_factor}" if length_factor > 1 else ""
     return Samples(example, composition, f"lengths of the emoji mix{times}, random ids", vocabulary_size)
