@@ -19,7 +19,7 @@ from anygen.errors import InputError
 from anygen.grammar import Block, Plan
 from anygen.inputs import MaskSource, checked_span, describe, flattened, load_mask, segment_of
 from anygen.layout import Layout
-from anygen.sampling.choose import OPTION_NAMES, SamplingOptions
+from anygen.sampling.choose import OPTION_NAMES, TEXT_ONLY, SamplingOptions
 from anygen.vocabulary import NUM_NUMBERS, TASKS
 from tokenizers_mm.codes import MODALITIES, Modality
 from tokenizers_mm.media import PictureSource, SoundSource
@@ -71,8 +71,10 @@ class Request:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
+    """Of text: pictures and sounds repeat codes with good reason."""
     guidance_scale: float | None = None
-    """These five override the bundle's defaults for every modality."""
+    """These six override the bundle's defaults, the first four and this one for every modality."""
     size: int | Sequence[int] | None = None
     """Height and width of generated pictures in pixels, or one side; by default the model chooses."""
     duration_s: float | None = None
@@ -254,8 +256,11 @@ class Request:
     def options(self, defaults: Mapping[str, SamplingOptions]) -> dict[str, SamplingOptions]:
         """Sampling options by modality: the bundle's defaults under this call's own."""
         given = {name: getattr(self, name) for name in OPTION_NAMES}
-        names = (*MODALITIES, "control")
-        return {name: defaults.get(name, SamplingOptions()).override(**given) for name in names}
+        options = {}
+        for name in (*MODALITIES, "control"):
+            own = {option: value for option, value in given.items() if name == "text" or option not in TEXT_ONLY}
+            options[name] = defaults.get(name, SamplingOptions()).override(**own)
+        return options
 
     def generators(self) -> list[tuple[torch.Generator, int | None]]:
         """A CPU generator for each sample, and its seed where it has one."""

@@ -1,15 +1,17 @@
-"""Choosing one id from logits: temperature, top-k, top-p, min-p, then an exponential race.
+"""Choosing one id from logits: repetition penalty, temperature, top-k, top-p, min-p, then an exponential race.
 
 Id i waits for a time drawn from Exp(p_i), and the first one wins: this draws from p (the Gumbel-max trick, arXiv
-1411.0030). The waits come from the sample's own CPU generator and belong to ids, so a sample does not depend on its
-batch: the last bits of the logits, which do, decide only where two ids arrive together. (An inverse of the cumulative
-distribution adds up thousands of such bits; at high guidance 4 of 24 pictures changed with their batch.)
+1411.0030). The waits are the sample's own and belong to ids (`anygen.sampling.race`), so a sample does not depend on
+its batch: the last bits of the logits, which do, decide only where two ids arrive together. (An inverse of the
+cumulative distribution, three times as fast, adds up thousands of such bits; at high guidance 4 of 24 pictures changed
+with their batch.)
 
 Names, meaning and order of the options are those of transformers. Dimension key: B rows, A allowed ids.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -36,6 +38,9 @@ class SamplingOptions:
     """Keep the most likely ids that together have this probability."""
     min_p: float = 0.0
     """Drop ids less likely than this share of the likeliest one (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Scores of ids that stand before, in the prompt or the answer, are divided by this where positive and multiplied
+    where negative (arXiv 1909.05858); ids that end a block are spared. 1 is off."""
     guidance_scale: float = 1.0
     """Classifier-free guidance on logits: unconditional + scale x (conditional - unconditional); 1 is off."""
 
@@ -45,6 +50,7 @@ class SamplingOptions:
             "top_k": (0, 2**31),
             "top_p": (1e-6, 1.0),
             "min_p": (0.0, 1.0),
+            "repetition_penalty": (1e-6, 100.0),
             "guidance_scale": (0.0, 100.0),
         }
         for name, (low, high) in bounds.items():
@@ -67,30 +73,40 @@ class SamplingOptions:
 OPTION_NAMES = tuple(field.name for field in fields(SamplingOptions))
 
 
-def choose(logits_BA: Tensor, options: SamplingOptions, waits_BA: Tensor) -> Tensor:
+TEXT_ONLY = ("repetition_penalty",)
+"""Options of a call that mean text: a picture repeats its codes with good reason."""
+_CHUNK = 1 << 16
+"""Numbers at once on a CPU: intermediate results stay in its caches."""
+
+
+def choose(logits_BA: Tensor, options: SamplingOptions, waits: Callable[[slice], Tensor]) -> Tensor:
     """Index of the chosen id in each row.
 
     Args:
         logits_BA: fp32 scores of the allowed ids, guidance already applied.
         options: of this modality.
-        waits_BA: fp64, drawn from the exponential distribution of rate 1.
+        waits: of a slice of the rows: fp64 times from the exponential distribution of rate 1, for each allowed id.
 
     >>> logits = torch.log(torch.tensor([[0.1, 0.6, 0.3]]))
-    >>> [int(choose(logits, SamplingOptions(), torch.tensor([waits]).double())) for waits in ([1, 1, 1], [1, 9, 1])]
+    >>> all_waits = [torch.tensor([waits]).double() for waits in ([1, 1, 1], [1, 9, 1])]
+    >>> [int(choose(logits, SamplingOptions(), waits.__getitem__)) for waits in all_waits]
     [1, 2]
     """
     if options.temperature == 0:
         return logits_BA.argmax(-1)
-    return (probabilities(logits_BA, options) / waits_BA).argmax(-1)
+    at_once = len(logits_BA) if logits_BA.is_cuda else max(1, _CHUNK // logits_BA.shape[-1])
+    rows = [slice(first, first + at_once) for first in range(0, len(logits_BA), at_once)]
+    chosen = [(probabilities(logits_BA[these], options) / waits(these)).argmax(-1) for these in rows]
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
 def probabilities(logits_BA: Tensor, options: SamplingOptions) -> Tensor:
-    """What ids are drawn with at a temperature above 0: fp64, on the CPU, up to a factor for each row.
+    """What ids are drawn with at a temperature above 0: fp64, up to a factor for each row.
 
     >>> probabilities(torch.log(torch.tensor([[0.1, 0.6, 0.3]])), SamplingOptions(top_k=2)).round(decimals=2).tolist()
     [[0.0, 0.6, 0.3]]
     """
-    kept_BA = (logits_BA.double().cpu() / options.temperature).softmax(-1)
+    kept_BA = (logits_BA.double() / options.temperature).softmax(-1)
     if 0 < options.top_k < logits_BA.shape[-1]:
         kept_BA = kept_BA * (kept_BA >= kept_BA.topk(options.top_k, dim=-1).values[:, -1:])
     if options.top_p < 1:
@@ -100,3 +116,15 @@ def probabilities(logits_BA: Tensor, options: SamplingOptions) -> Tensor:
     if options.min_p > 0:
         kept_BA = kept_BA * (kept_BA >= options.min_p * kept_BA.max(-1, keepdim=True).values)
     return kept_BA
+
+
+def penalise(logits_A: Tensor, seen_K: Tensor, penalty: float) -> None:
+    """Apply a repetition penalty in place, to the allowed ids of these indices.
+
+    >>> logits = torch.tensor([2.0, -2.0, 3.0])
+    >>> penalise(logits, torch.tensor([0, 1]), 2.0)
+    >>> logits.tolist()
+    [1.0, -4.0, 3.0]
+    """
+    seen = logits_A[seen_K]
+    logits_A[seen_K] = torch.where(seen < 0, seen * penalty, seen / penalty)

@@ -1,20 +1,21 @@
-"""The sampler: grammar, guidance and choice around the engine, for a batch of samples in different modality states.
+"""The sampler: grammar, guidance and choice around the engine, for samples in different modality states.
 
-Each step computes logits only for the ids that a sample's grammar allows; rows that may choose from the same ids
-share one product. With guidance a sample has a second row that read the prompt with its condition dropped and then
-follows the same ids. With a window, samples guess at their next codes and keep what turns out right
+Samples join while there are rows for them and leave when they are done (continuous batching inside one call). Each step
+computes logits only for the ids that a sample's grammar allows; rows that may choose from the same ids share one
+product. With guidance a sample has a second row that read the prompt with its condition dropped and then follows the
+same ids. With a window, samples guess at their next codes and keep what turns out right
 (`anygen.sampling.speculative`).
 
-Vokens are not chosen: where a voken block is begun, its begin token and all vokens are read in one pass, and the hidden
-states at the vokens are kept (MiniGPT-5, arXiv 2310.02239). Nor are known codes of a picture or sound that is edited: a
-run of them is read together with the id before it.
+An id that is the only one allowed is not chosen: a run of them is read together with the id before it, at the start
+together with the prompt, at the end not at all. So it is with begin and end tokens, shapes that are given, known codes
+of a picture or sound that is edited, and vokens, whose hidden states are kept (MiniGPT-5, arXiv 2310.02239).
 
-Dimension key: B rows of one group, A allowed ids.
+Dimension key: B rows of one group, A allowed ids, W ids of a pass, D width.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +26,15 @@ from torch import Tensor
 
 from anygen.errors import InputError
 from anygen.grammar import Ranges, Walk
-from anygen.sampling.choose import SamplingOptions, choose
-from anygen.sampling.engine import Cache, Engine
+from anygen.sampling.choose import SamplingOptions, choose, penalise
+from anygen.sampling.engine import Engine
+from anygen.sampling.race import draw_key, waits
+from anygen.sampling.rows import Owner, Rows
 from anygen.sampling.speculative import Draft
 from tokenizers_mm.codes import IntArray
+
+MAX_ROWS = 64
+"""Rows at once: beyond, a CPU gains nothing more a row."""
 
 
 @dataclass
@@ -42,6 +48,7 @@ class SampleState:
     options: Mapping[str, SamplingOptions]
     """By modality; `control` for ids between blocks."""
     generator: torch.Generator
+    """Gives the sample its key, once."""
     ids: list[int] = field(default_factory=list)
     seed: int | None = None
     """What `generator` was seeded with; reported only."""
@@ -64,168 +71,213 @@ class SampleState:
         """Options for the next id."""
         return self.options[self.walk.modality or "control"]
 
+    @property
+    def prompts(self) -> list[IntArray]:
+        """What its rows read before the answer."""
+        return [self.prompt] if not self.is_guided or self.unconditional is None else [self.prompt, self.unconditional]
 
-def sample(engine: Engine, states: Sequence[SampleState]) -> Iterator[list[tuple[int, int]]]:
-    """Run all samples to their end; yields, after every step, the (sample, id) pairs that were added.
+
+def sample(
+    engine: Engine, states: Sequence[SampleState], *, max_rows: int = MAX_ROWS
+) -> Iterator[list[tuple[int, int]]]:
+    """Run all samples to their end; yields the (sample, id) pairs that were added, at most one of each sample at once.
+
+    Args:
+        engine: that computes.
+        states: the samples; their order and their number change none of them.
+        max_rows: how many rows (two for a sample with guidance) may be read at once; the others wait.
 
     Raises:
         InputError: a prompt with its budget is longer than the model's positions.
     """
-    batch = _Batch(engine, states)
-    while batch.active:
-        yield from batch.choose()
-        while forced := batch.push_forced():
-            yield forced
-        batch.advance()
+    sampler = _Sampler(engine, states, max_rows)
+    yield from sampler.force()
+    sampler.begin()
+    while sampler.admit():
+        yield from sampler.choose()
+        yield from sampler.force()
+        sampler.advance()
 
 
-class _Batch:
-    """Active samples and their rows in the cache: conditional rows first, then the unconditional ones."""
+class _Sampler:
+    """Who waits and who is active, what each has yet to read, and the choices."""
 
-    def __init__(self, engine: Engine, states: Sequence[SampleState]) -> None:
-        self.engine, self.states = engine, states
-        self.active = [index for index, state in enumerate(states) if not state.walk.done]
-        self.guided = [index for index in self.active if states[index].is_guided]
-        self._guided_place = {index: place for place, index in enumerate(self.guided)}
-        self._num_read = [0] * len(states)
-        self._drafts = [Draft(state.generator) for state in states]
-        owners = Counter(id(state.generator) for state in states)  # who shares one cannot draw ahead
-        self._windows = [state.window if owners[id(state.generator)] == 1 else 1 for state in states]
-        length = max((len(s.prompt) + s.walk.budget for s in states), default=0)
+    def __init__(self, engine: Engine, states: Sequence[SampleState], max_rows: int) -> None:
+        self.engine, self.states, self.max_rows = engine, states, max_rows
+        length = max((max(map(len, s.prompts)) + s.walk.budget for s in states), default=0)
         if length > engine.max_positions:
             raise InputError(
                 f"prompt and answer may need {length} ids, this model has {engine.max_positions} positions: "
                 "shorten the input or lower max_new_tokens"
             )
-        if self.active:
-            self.cache, hidden_BD = self._prefill(length)
-            self.hidden = hidden_BD[:, None]
+        self.active: list[int] = [index for index, state in enumerate(states) if not state.walk.done]
+        self._keys = [draw_key(state.generator) for state in states]
+        self._num_read = [len(state.ids) for state in states]
+        self._vokens: dict[int, list[int]] = {}  # places of vokens among the new ids
+        self._drafts = [Draft() for _ in states]
+        self._allowed: dict[Ranges, Tensor] = {}
+        self.rows = Rows(engine, 0, Counter())
 
-    def _prefill(self, length: int) -> tuple[Cache, Tensor]:
-        """Read each different prompt once, then give every row its copy."""
-        prompts = [self.states[i].prompt for i in self.active]
-        prompts += [u for i in self.guided if (u := self.states[i].unconditional) is not None]
-        different = {prompt.tobytes(): prompt for prompt in prompts}
-        order = {key: row for row, key in enumerate(different)}
-        cache = self.engine.new_cache(len(different), length)
-        hidden = self.engine.prefill(list(different.values()), cache)
-        rows = torch.tensor([order[prompt.tobytes()] for prompt in prompts], device=self.engine.device)
-        cache.select(rows)
-        return cache, hidden.index_select(0, rows)
+    def begin(self) -> None:
+        """All samples wait for rows; the ids that they have belong to their prompts."""
+        self.waiting = deque(index for index in self.active if not self.states[index].walk.done)
+        self.active = []
+        self._prompts = {
+            (index, is_twin): np.concatenate([prompt, np.array(self.states[index].ids, dtype=np.int64)])
+            for index in self.waiting
+            for is_twin, prompt in zip((False, True), self.states[index].prompts, strict=False)
+        }
+        self._num_read = [len(state.ids) for state in self.states]
+        uses = Counter(prompt.tobytes() for prompt in self._prompts.values())
+        self.rows = Rows(self.engine, min(self.max_rows, len(self._prompts)), uses)
+
+    def admit(self) -> bool:
+        """Let waiting samples join where enough rows are free; False where nothing is left to do."""
+        free = self.max_rows - len(self.rows.owners)
+        if self.waiting and (4 * free >= self.max_rows or not self.active):
+            joining: list[int] = []
+            prompts: dict[Owner, IntArray] = {}
+            while self.waiting and (free >= len(self.states[self.waiting[0]].prompts) or not (self.active or joining)):
+                index = self.waiting.popleft()
+                joining.append(index)
+                free -= len(self.states[index].prompts)
+                prompts |= {o: self._prompts.pop(o) for o in ((index, False), (index, True)) if o in self._prompts}
+            if joining:
+                self.rows.join(prompts)
+                self.active += joining
+        return bool(self.active)
+
+    # -- ids that are not chosen
+
+    def force(self) -> Iterator[list[tuple[int, int]]]:
+        """Add ids that are the only ones allowed, one of each sample at a time."""
+        candidates = self.active
+        while pairs := [
+            (index, self.states[index].walk.allowed[0][0]) for index in candidates if self._is_forced(index)
+        ]:
+            for index, id in pairs:
+                state = self.states[index]
+                if state.walk.writes_vokens and state.walk.forced:
+                    self._vokens.setdefault(index, []).append(len(state.ids) - self._num_read[index])
+                self._push(index, id)
+            yield pairs
+            candidates = [index for index, _ in pairs]
+
+    def _is_forced(self, index: int) -> bool:
+        walk = self.states[index].walk
+        is_voken = walk.writes_vokens and bool(walk.forced)
+        if is_voken and (index, False) not in self.rows.row:  # a voken's hidden state comes from a pass over new ids
+            return False
+        if index in self._vokens and not is_voken:  # and has to be read before the sample ends
+            return False
+        return _is_single(walk.allowed)
+
+    def _push(self, index: int, id: int) -> None:
+        self.states[index].ids.append(id)
+        self.states[index].walk.push(id)
+
+    # -- choices
 
     def choose(self) -> Iterator[list[tuple[int, int]]]:
         """Choose the next id of every active sample, and more where its guesses were right; at most one a yield."""
-        chosen = self._choices()
-        places, offset = list(range(len(self.active))), 0
-        while places:
-            pairs = [(self.active[place], chosen[place][offset]) for place in places]
+        choosing = [index for index in self.active if not _is_single(self.states[index].walk.allowed)]
+        chosen, offset = self._choices(choosing), 0
+        while choosing:
+            pairs = [(index, chosen[index][offset]) for index in choosing]
             for index, id in pairs:
-                self.states[index].ids.append(id)
-                self.states[index].walk.push(id)
+                self._push(index, id)
             yield pairs
-            confirmed = []
-            for place, (index, id) in zip(places, pairs, strict=True):
-                if self._drafts[index].confirms(offset, id):
-                    confirmed.append(place)
-                    self._num_read[index] += 1
-            places, offset = confirmed, offset + 1
+            choosing = [index for index, id in pairs if self._drafts[index].confirms(offset, id)]
+            for index in choosing:
+                self._num_read[index] += 1
+                self.rows.confirm(index)
+            offset += 1
 
-    def _choices(self) -> list[list[int]]:
-        """Of every active sample, the choice after its last id and after each guess as if all were right."""
+    def _choices(self, choosing: Sequence[int]) -> dict[int, list[int]]:
+        """Of every sample, the choice after its last id and after each guess as if all were right."""
         groups: dict[tuple[Ranges, SamplingOptions], list[tuple[int, int]]] = {}
-        waits: dict[tuple[int, int], Tensor] = {}
-        chosen: list[list[int]] = []
-        for place, index in enumerate(self.active):
-            state, draft = self.states[index], self._drafts[index]
-            ahead = state.walk.ahead(len(draft.guesses) + 1)
-            chosen.append([0] * len(ahead))
-            for offset, (ranges, waits_A) in enumerate(zip(ahead, draft.waits(len(state.ids), ahead), strict=True)):
-                groups.setdefault((ranges, state.current_options), []).append((place, offset))
-                waits[place, offset] = waits_A
+        chosen: dict[int, list[int]] = {}
+        for index in choosing:
+            state = self.states[index]
+            ahead = state.walk.ahead(len(self._drafts[index].guesses) + 1)
+            chosen[index] = [0] * len(ahead)
+            for offset, ranges in enumerate(ahead):
+                groups.setdefault((ranges, state.current_options), []).append((index, offset))
         for (ranges, options), spots in groups.items():
-            ids = self._choose_group(ranges, options, spots, [waits[spot] for spot in spots])
-            for (place, offset), id in zip(spots, ids.tolist(), strict=True):
-                chosen[place][offset] = id
-        for place, index in enumerate(self.active):
-            self._drafts[index].remember(len(self.states[index].ids), chosen[place])
+            for (index, offset), id in zip(spots, self._choose_group(ranges, options, spots), strict=True):
+                chosen[index][offset] = id
+        for index, ids in chosen.items():
+            self._drafts[index].remember(len(self.states[index].ids), ids)
         return chosen
 
-    def push_forced(self) -> list[tuple[int, int]]:
-        """Add the next id of every sample where it is a voken or a known code."""
-        pairs = [(index, forced[0]) for index in self.active if (forced := self.states[index].walk.forced)]
-        for index, id in pairs:
-            self.states[index].ids.append(id)
-            self.states[index].walk.push(id)
-        return pairs
+    @torch.inference_mode()
+    def _choose_group(self, ranges: Ranges, options: SamplingOptions, spots: list[tuple[int, int]]) -> list[int]:
+        """Choices at (sample, offset) spots that may take the same ids."""
+        if _is_single(ranges):
+            return [ranges[0][0]] * len(spots)
+        logits_BA = self._logits(ranges, options, spots)
+        if options.repetition_penalty != 1:
+            self._penalise(logits_BA, ranges, options.repetition_penalty, spots)
+        ids_A = self._ids(ranges)
+        keys_B = torch.tensor([self._keys[index] for index, _ in spots], device=self.engine.device)
+        places = [len(self.states[index].ids) + offset for index, offset in spots]
+        places_B = torch.tensor(places, device=self.engine.device)
+        chosen_B = choose(logits_BA, options, lambda rows: waits(keys_B[rows], places_B[rows], ids_A))
+        return ids_A[chosen_B].tolist()
 
-    def _choose_group(
-        self, ranges: Ranges, options: SamplingOptions, spots: list[tuple[int, int]], waits: list[Tensor]
-    ) -> IntArray:
-        """Choices at (place, offset) spots that may take the same ids."""
-        allowed_A = np.concatenate([np.arange(start, stop) for start, stop in ranges])
-        if len(allowed_A) == 1:
-            return np.repeat(allowed_A, len(spots))
-        places, offsets = (list(numbers) for numbers in zip(*spots, strict=True))
-        logits_BA = self.engine.logits(self.hidden[places, offsets], ranges)
-        if options.guidance_scale != 1:
-            twins = [self._twin(place) for place in places]
-            twins_BA = self.engine.logits(self.hidden[twins, offsets], ranges)
-            logits_BA = twins_BA + options.guidance_scale * (logits_BA - twins_BA)
-        return allowed_A[choose(logits_BA, options, torch.stack(waits)).cpu().numpy()]
+    def _logits(self, ranges: Ranges, options: SamplingOptions, spots: list[tuple[int, int]]) -> Tensor:
+        """Scores of the allowed ids, guidance applied."""
+        width = self.rows.hidden_BWD.shape[1]
+        flat = [self.rows.row[index, False] * width + offset for index, offset in spots]
+        if options.guidance_scale != 1:  # a sample without a twin is its own: guidance then changes nothing
+            twins = [self.rows.row.get((index, True), self.rows.row[index, False]) for index, _ in spots]
+            flat += [row * width + offset for row, (_, offset) in zip(twins, spots, strict=True)]
+        hidden = self.rows.hidden_BWD.flatten(0, 1)
+        if flat != list(range(len(hidden))):
+            hidden = hidden.index_select(0, torch.tensor(flat, device=hidden.device))
+        logits_BA = self.engine.logits(hidden, ranges)
+        if options.guidance_scale == 1:
+            return logits_BA
+        given_BA, dropped_BA = logits_BA.chunk(2)
+        return torch.lerp(dropped_BA, given_BA, options.guidance_scale)
 
-    def _twin(self, place: int) -> int:
-        """The row of a sample's unconditional twin; its own row (guidance then changes nothing) where it has none."""
-        return (
-            len(self.active) + self._guided_place[self.active[place]]
-            if self.active[place] in self._guided_place
-            else place
-        )
+    def _penalise(self, logits_BA: Tensor, ranges: Ranges, penalty: float, spots: list[tuple[int, int]]) -> None:
+        """Repetition penalty on every id before a spot, guesses included; the end token of a text is spared."""
+        allowed = self._ids(ranges).cpu().numpy()
+        spared = ranges[-1][0] if len(ranges) > 1 and _is_single(ranges[-1:]) else -1
+        for row, (index, offset) in enumerate(spots):
+            state = self.states[index]
+            before = np.concatenate([state.prompt, state.ids, self._drafts[index].guesses[:offset]])
+            seen_K = np.flatnonzero(np.isin(allowed, before) & (allowed != spared))
+            penalise(logits_BA[row], torch.from_numpy(seen_K).to(logits_BA.device), penalty)
+
+    def _ids(self, ranges: Ranges) -> Tensor:
+        if ranges not in self._allowed:
+            parts = [torch.arange(start, stop, device=self.engine.device) for start, stop in ranges]
+            self._allowed[ranges] = torch.cat(parts)
+        return self._allowed[ranges]
+
+    # -- passes
 
     def advance(self) -> None:
-        """Read the chosen ids and new guesses; finished samples leave first."""
-        still = [place for place, index in enumerate(self.active) if not self.states[index].walk.done]
-        guided = [place for place, index in enumerate(self.guided) if not self.states[index].walk.done]
-        if len(still) < len(self.active):
-            rows = [*still, *(len(self.active) + place for place in guided)]
-            self.cache.select(torch.tensor(rows, dtype=torch.long, device=self.engine.device))
-            self.active = [self.active[place] for place in still]
-            self.guided = [self.guided[place] for place in guided]
-            self._guided_place = {index: place for place, index in enumerate(self.guided)}
-        if self.active:
-            if self.hidden.shape[1] > 1:
-                self._take_back_guesses()
-            for index in self.active:
-                state, count = self.states[index], self._windows[index] - 1
-                self._drafts[index].renew(state.walk, state.ids, count)
-            self.hidden = self._read()
-            for index in self.active:
-                self._num_read[index] = len(self.states[index].ids)
+        """Finished samples leave; the others read their new ids and guesses."""
+        done = [index for index in self.active if self.states[index].walk.done]
+        if done:
+            self.rows.leave(done)
+            self.active = [index for index in self.active if not self.states[index].walk.done]
+        if not self.active:
+            return
+        for index in self.active:
+            state = self.states[index]
+            self._drafts[index].renew(state.walk, state.ids, state.window - 1)
+        new = {index: self.states[index].ids[self._num_read[index] :] for index in self.active}
+        hidden_BWD = self.rows.read(new, {index: self._drafts[index].guesses for index in self.active})
+        for index, places in self._vokens.items():
+            self.states[index].vokens.append(hidden_BWD[self.rows.row[index, False], places].clone())
+        self._vokens.clear()
+        for index in self.active:
+            self._num_read[index] = len(self.states[index].ids)
 
-    def _take_back_guesses(self) -> None:
-        """Let the cache hold of each row its prompt and the ids that were read and stand."""
-        prompts = [len(self.states[index].prompt) for index in self.active]
-        prompts += [len(u) for index in self.guided if (u := self.states[index].unconditional) is not None]
-        read = [self._num_read[index] for index in (*self.active, *self.guided)]
-        lengths = [length + num for length, num in zip(prompts, read, strict=True)]
-        self.cache.lengths_B = torch.tensor(lengths, device=self.engine.device)
 
-    def _read(self) -> Tensor:
-        """Hidden states after each row's last id and after its guesses, B x (1 + guesses) x D.
-
-        Where the new ids are a begin token and vokens, the vokens' are kept.
-        """
-        samples = (*self.active, *self.guided)
-        new = [self.states[index].ids[self._num_read[index] :] for index in samples]
-        windows = [ids + self._drafts[index].guesses for ids, index in zip(new, samples, strict=True)]
-        width = max(len(window) for window in windows)
-        if width == 1:
-            return self.engine.step(torch.tensor(windows)[:, 0], self.cache)[:, None]
-        counts_B = torch.tensor([len(window) for window in windows])
-        ids_BW = torch.tensor([window + window[-1:] * (width - len(window)) for window in windows])
-        hidden_BWD = self.engine.extend(ids_BW, self.cache, counts_B)
-        for place, index in enumerate(self.active):
-            if len(new[place]) > 1 and self.states[index].walk.writes_vokens:
-                self.states[index].vokens.append(hidden_BWD[place, 1 : len(new[place])].clone())
-        first_B1 = torch.tensor([[len(ids) - 1] for ids in new])
-        offsets_BW = (first_B1 + torch.arange(width)).clamp(max=width - 1)
-        return hidden_BWD[torch.arange(len(windows))[:, None], offsets_BW]
+def _is_single(ranges: Ranges) -> bool:
+    return len(ranges) == 1 and ranges[0][1] - ranges[0][0] == 1

@@ -6,42 +6,26 @@ guesses of the next pass after that. A position keeps the waits of its exponenti
 the Gumbel coupling of arXiv 2510.24211: a choice changes only where its distribution changed enough.
 
 Deviation: the papers accept a guess with probability min(1, p/q) and draw from the residual where they do not. Here a
-guess is right where it is what its race gives. With the waits fixed, the choice at a position is a function of the ids
-before it, so the iteration has one fixed point: the ids of plain sampling from the same generator, whose waits are
-drawn in the same order. A sample depends on its seed only, not on the window. (Measured: as many codes a pass as with
-rejection, see benchmarks/README.md.)
+guess is right where it is what its race gives. The waits are a function of the position (`anygen.sampling.race`), so
+the choice there is one of the ids before it, and the iteration has one fixed point: the ids of plain sampling. A sample
+depends on its seed only, not on the window. (Measured: as many codes a pass as with rejection, see
+benchmarks/README.md.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from anygen.grammar import Ranges, Walk
+from anygen.grammar import Walk
 
 
 class Draft:
-    """What one sample has guessed of the ids after its next one, and the waits that it has drawn ahead."""
+    """What one sample has guessed of the ids after its next one."""
 
-    def __init__(self, generator: torch.Generator) -> None:
+    def __init__(self) -> None:
         self.guesses: list[int] = []
         """In place of the ids after the next one, on their way through the model."""
-        self._generator = generator
-        self._waits: dict[int, Tensor] = {}  # by position in the answer
-        self._choices: dict[int, int] = {}
-
-    def waits(self, position: int, ahead: Sequence[Ranges]) -> list[Tensor]:
-        """fp64 waits of the positions from `position` on, which may take these ids; drawn once each, in order."""
-        self._waits = {at: waits_A for at, waits_A in self._waits.items() if at >= position}
-        for at, ranges in enumerate(ahead, position):
-            if at not in self._waits:
-                num_allowed = sum(stop - start for start, stop in ranges)
-                # one id is no choice: plain sampling draws nothing for it either
-                waits_A = torch.empty(num_allowed if num_allowed > 1 else 0, dtype=torch.float64)
-                self._waits[at] = waits_A.exponential_(generator=self._generator)
-        return [self._waits[at] for at in range(position, position + len(ahead))]
+        self._choices: dict[int, int] = {}  # by place in the answer
 
     def remember(self, position: int, ids: Sequence[int]) -> None:
         """Take what a pass chose from `position` on: the next guesses, where it does not stand."""

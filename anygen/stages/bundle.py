@@ -25,6 +25,7 @@ class OptionsConfig(Config):
     top_k: int = Field(0, ge=0, le=2**31)
     top_p: float = Field(1.0, ge=1e-6, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=1e-6, le=100)
     guidance_scale: float = Field(1.0, ge=0, le=100)
 
 

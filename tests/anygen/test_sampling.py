@@ -17,6 +17,7 @@ from anygen.errors import InputError
 from anygen.request import Request
 from anygen.sampling.choose import SamplingOptions, choose, probabilities
 from anygen.sampling.engine import Engine
+from anygen.sampling.race import draw_key, waits
 from anygen.vocabulary import Vocabulary
 
 
@@ -109,15 +110,15 @@ def test_filters_are_those_of_transformers(
         warped = warper(torch.zeros(1, 1, dtype=torch.long), warped)
     ours = probabilities(logits, options)
     assert torch.allclose(ours / ours.sum(), warped.softmax(-1), atol=1e-9)
-    waits = torch.empty(50, size, dtype=torch.float64).exponential_(generator=generator)
-    chosen = choose(logits.expand(50, size), options, waits)
+    times = torch.empty(50, size, dtype=torch.float64).exponential_(generator=generator)
+    chosen = choose(logits.expand(50, size), options, times.__getitem__)
     assert torch.isfinite(warped[0, chosen]).all()
 
 
 def test_frequencies_follow_the_distribution() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(20_000, 4)
-    waits = torch.empty(20_000, 4, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
-    counts = torch.bincount(choose(logits, SamplingOptions(), waits), minlength=4) / 20_000
+    times = waits(torch.arange(20_000), torch.zeros(1, dtype=torch.long), torch.arange(4))
+    counts = torch.bincount(choose(logits, SamplingOptions(), times.__getitem__), minlength=4) / 20_000
     assert (counts - torch.tensor([0.5, 0.3, 0.15, 0.05])).abs().max() < 0.012
 
 
@@ -125,17 +126,19 @@ def test_rounding_of_logits_hardly_ever_changes_a_choice() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(500, 2048, generator=generator)
     noise = torch.randn(500, 2048, generator=generator) * 1e-5
-    waits = torch.empty(500, 2048, dtype=torch.float64).exponential_(generator=generator)
-    chosen = [choose(x, SamplingOptions(), waits) for x in (logits, logits + noise)]
+    times = waits(torch.arange(500), torch.zeros(1, dtype=torch.long), torch.arange(2048))
+    chosen = [choose(x, SamplingOptions(), times.__getitem__) for x in (logits, logits + noise)]
     assert torch.equal(*chosen)
 
 
 def test_greedy_and_extremes() -> None:
     logits = torch.tensor([[0.0, -torch.inf, 3.0, 3.0]])
-    waits = torch.tensor([[1.0, 1e-9, 9.0, 1.0]]).double()
-    assert int(choose(logits, SamplingOptions(temperature=0), waits)) == 2
-    assert int(choose(logits, SamplingOptions(), waits)) == 3
-    assert int(choose(torch.tensor([[-torch.inf, 0.0]]), SamplingOptions(), waits[:, :2])) == 1, "impossible ids lose"
+    times = torch.tensor([[1.0, 1e-9, 9.0, 1.0]]).double()
+    assert int(choose(logits, SamplingOptions(temperature=0), times.__getitem__)) == 2
+    assert int(choose(logits, SamplingOptions(), times.__getitem__)) == 3
+    assert int(choose(torch.tensor([[-torch.inf, 0.0]]), SamplingOptions(), times[:, :2].__getitem__)) == 1, (
+        "impossible ids lose"
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ def test_guidance_is_the_formula_on_logits_of_both_prompts(model: AnyGen, scale:
     request = Request(text="a cat", output="image", guidance_scale=scale)
     state = model._states(request)[0]
     assert state.unconditional is not None
-    prompts, walk, generator = [state.prompt, state.unconditional], state.walk, torch.Generator().manual_seed(0)
+    prompts, walk, key = [state.prompt, state.unconditional], state.walk, draw_key(torch.Generator().manual_seed(0))
     cache = engine.new_cache(2, 200)
     hidden = engine.prefill(prompts, cache)
     ids: list[int] = []
@@ -213,8 +216,8 @@ def test_guidance_is_the_formula_on_logits_of_both_prompts(model: AnyGen, scale:
         if len(allowed) > 1:
             with_text, without = engine.logits(hidden, walk.allowed).double()
             guided = without + scale * (with_text - without)
-            waits = torch.empty(1, len(allowed), dtype=torch.float64).exponential_(generator=generator)
-            index = int(choose(guided[None], SamplingOptions(), waits))
+            times = waits(torch.tensor([key]), torch.tensor([len(ids)]), torch.from_numpy(allowed))
+            index = int(choose(guided[None], SamplingOptions(), times.__getitem__))
         ids.append(int(allowed[index]))
         walk.push(ids[-1])
         if not walk.done:
