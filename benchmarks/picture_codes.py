@@ -23,8 +23,9 @@ from PIL import Image
 
 from anygen.api import AnyGen
 from anygen.config import build
-from anygen.evaluation.emoji import RealEmoji, proportion
+from anygen.evaluation.emoji import RealEmoji
 from anygen.evaluation.frechet import frechet_distance
+from anygen.evaluation.scores import proportion
 from anygen.request import Request
 from anygen.stages.catalogue import STAGES
 from anygen.stages.image_tokenizer import ImageTokenizerConfig, open_teacher

@@ -189,7 +189,7 @@ def measure(model: AnyGen, spoken: Sequence[Spoken], recogniser: Recogniser | No
     figures["seconds_per_sample"] = (time.perf_counter() - start) / len(spoken)
     figures["round_trip_own"] = transcribed(model, spoken, sounds)
     if recogniser:
-        figures["round_trip"] = recogniser.word_errors(spoken, sounds)
+        figures["round_trip"] = spoken_names.errors_heard(recogniser, spoken, sounds)
     for number, (s, sound) in enumerate(zip(spoken[:NUM_WAVS], sounds, strict=False)):
         sound.save(Path(f"{wavs}-{number}-{spoken_names.spelled(s.text).replace(' ', '_')}.wav"))
     return figures

@@ -8,8 +8,6 @@ Dimension key: K codebooks, T code frames.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +16,8 @@ from typing import Any
 
 from anygen.data.coded import CodedRecord, CodedStore, CodedUtterance, write_coded_shard
 from anygen.data.records import RecordStore
-from anygen.evaluation.emoji import word_error_rate, words_of
+from anygen.evaluation.recogniser import Recogniser, is_installed, spelled
+from anygen.evaluation.scores import word_error_rate, words_of
 from anygen.files import is_published, write_json
 from anygen.stages.run import STAGE_JSON
 from anygen.stages.tokenize import coded_facts
@@ -28,7 +27,6 @@ from tokenizers_mm.media import Audio
 
 SPLITS = {"train": "train-00000", "held_out": "validation-00000"}
 """Group of utterances -> name of its coded shard."""
-_GRAMMAR = "#JSGF V1.0;\ngrammar names;\npublic <name> = {};\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,37 +129,18 @@ def _record(spoken: Spoken, codec: AudioTokenizer) -> CodedRecord:
     return CodedRecord(f"{spoken.key}-{spoken.voice}", "pair", utterances=(utterance,))
 
 
-class Recogniser:
-    """Pocketsphinx: an acoustic model of its own, and a grammar of whole names; names that it cannot spell are out."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self._decoder = importlib.import_module("pocketsphinx").Decoder(lm=None, loglevel="FATAL")
-        names = {spelled(text) for text in texts}
-        self._names = {n for n in names if all(self._decoder.lookup_word(word) for word in n.split())}
-        self._decoder.add_jsgf_string("names", _GRAMMAR.format(" | ".join(sorted(self._names))))
-        self._decoder.activate_search("names")
-
-    def heard(self, audio: Audio) -> str:
-        """The name that fits best; empty where none does."""
-        samples_T = (audio.resampled(16_000).samples_T.clip(-1, 1) * 32767).astype("<i2")
-        self._decoder.start_utt()
-        self._decoder.process_raw(samples_T.tobytes(), full_utt=True)
-        self._decoder.end_utt()
-        found = self._decoder.hyp()
-        return str(found.hypstr) if found else ""
-
-    def word_errors(self, spoken: Sequence[Spoken], sounds: Sequence[Audio]) -> dict[str, Any]:
-        """`word_errors` of sounds that should say what was spoken."""
-        pairs = [(spelled(s.text), a) for s, a in zip(spoken, sounds, strict=True)]
-        return word_errors([(truth, self.heard(audio)) for truth, audio in pairs if truth in self._names])
-
-
 def open_recogniser(groups: Groups) -> Recogniser | None:
     """The recogniser of these names, where its package is installed."""
-    if importlib.util.find_spec("pocketsphinx") is None:
+    if not is_installed():
         print("pocketsphinx is not installed: the round trip is heard by the transformer itself only", flush=True)
         return None
     return Recogniser(s.text for found in groups.values() for s in found)
+
+
+def errors_heard(recogniser: Recogniser, spoken: Sequence[Spoken], sounds: Sequence[Audio]) -> dict[str, Any]:
+    """`word_errors` of sounds that should say what was spoken; names that the recogniser cannot spell are out."""
+    pairs = [(spelled(s.text), audio) for s, audio in zip(spoken, sounds, strict=True)]
+    return word_errors([(truth, recogniser.heard(audio)) for truth, audio in pairs if truth in recogniser.texts])
 
 
 def floors(codec: AudioTokenizer, spoken: Sequence[Spoken], recogniser: Recogniser, kept: int) -> dict[str, Any]:
@@ -169,7 +148,7 @@ def floors(codec: AudioTokenizer, spoken: Sequence[Spoken], recogniser: Recognis
     counts = {"codec": codec.num_codebooks, f"codec, first {kept} books": kept}
     decoded = {name: [codec.decode(s.of_books(count)) for s in spoken] for name, count in counts.items()}
     sounds = {"original": [s.audio for s in spoken], **decoded}
-    return {name: recogniser.word_errors(spoken, found) for name, found in sounds.items()}
+    return {name: errors_heard(recogniser, spoken, found) for name, found in sounds.items()}
 
 
 def word_errors(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
@@ -182,12 +161,3 @@ def word_errors(pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     score = word_error_rate([truth for truth, _ in pairs], [answer for _, answer in pairs])
     exact = sum(words_of(truth) == words_of(answer) for truth, answer in pairs) / max(1, len(pairs))
     return {"value": score.value, "low": score.low, "high": score.high, "n": len(pairs), "exact": exact, "pairs": pairs}
-
-
-def spelled(text: str) -> str:
-    """A text as words of the recogniser's dictionary.
-
-    >>> spelled("Man, medium-dark skin tone")
-    'man medium dark skin tone'
-    """
-    return " ".join(words_of(text.replace("-", " ")))

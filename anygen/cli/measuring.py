@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,41 +15,45 @@ def evaluate(
         str | None,
         typer.Argument(metavar="[PATH]", help="Bundle or tokenizer; the embedded bundle by default."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many of each group or kind.")] = None,
+    suite: Annotated[Literal["emoji"], typer.Option(help="Bundles: the world they are measured on.")] = "emoji",
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of each group or kind; 120 for bundles.")
+    ] = None,
     direction: Annotated[list[str] | None, typer.Option(help="Bundles: text>image and so on; repeatable.")] = None,
-    seed: Annotated[int, typer.Option(help="Bundles: seed of the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Bundles: seed of the samples.")] = 0,
     data: Annotated[Path | None, typer.Option(help="Tokenizers: folder of shards; RUN/data by default.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Pictures: folder of the teacher; its own by default.")] = None,
-    out: Annotated[Path, typer.Option(help="Tokenizers: folder of the page.")] = Path("out/evaluation"),
+    out: Annotated[Path, typer.Option(help="Folder of the report and its page.")] = Path("out/evaluation"),
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="A B", help="Two reports of bundles: what changed from A to B.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure a bundle on the emoji world in every direction, or a tokenizer on held-out pictures or sounds."""
-    import dataclasses
-
-    from anygen.api import AnyGen
+    """Measure a bundle in every direction, or a tokenizer on held-out pictures or sounds; or compare two reports."""
     from anygen.errors import InputError
-    from anygen.evaluation.emoji import DIRECTIONS, FIGURES, evaluate_emoji
+
+    if compare is not None:
+        from anygen.evaluation.suite.compare import compare_reports, lines_of_comparison
+
+        if model is not None:
+            raise InputError("--compare takes two reports and no model")
+        rows = compare_reports(*compare)
+        print_json({"differences": rows}) if as_json else print(*lines_of_comparison(rows), sep="\n")
+        return
     from anygen.evaluation.tokenizers import evaluate_tokenizer, kind_of
 
     if model is not None and (kind := kind_of(Path(model))):
         if direction:
             raise InputError(f"--direction is for bundles; this is a {kind} tokenizer")
         report, lines = evaluate_tokenizer(Path(model), data=data, teacher=teacher, out=out, limit=limit)
-        print_json(report) if as_json else print(*lines, out / "index.html", sep="\n")
-        return
-    if data or teacher:
-        raise InputError(f"--data and --teacher are for tokenizers; {model or 'the embedded bundle'} is none")
-    unknown = set(direction or ()) - set(DIRECTIONS)
-    if unknown:
-        raise InputError(f"unknown direction {sorted(unknown)[0]!r}; expected {', '.join(DIRECTIONS)}")
-    scores = evaluate_emoji(AnyGen.from_pretrained(model), limit=limit, directions=direction or DIRECTIONS, seed=seed)
-    if as_json:
-        print_json({d: {g: dataclasses.asdict(s) for g, s in groups.items()} for d, groups in scores.items()})
-        return
-    for name, groups in scores.items():
-        for group, score in groups.items():
-            interval = f"[{100 * score.low:5.1f}, {100 * score.high:5.1f}]"
-            print(f"{name:12} {group:14} {FIGURES[name]:15} {100 * score.value:5.1f} %  {interval}  n={score.count}")
+    else:
+        if data or teacher:
+            raise InputError(f"--data and --teacher are for tokenizers; {model or 'the embedded bundle'} is none")
+        from anygen.evaluation.suite.evaluate import open_and_evaluate
+
+        assert suite == "emoji", suite  # the one there is
+        report, lines = open_and_evaluate(model, out, limit=limit, directions=direction or (), seed=seed)
+    print_json(report) if as_json else print(*lines, out / "index.html", sep="\n")
 
 
 def plot(

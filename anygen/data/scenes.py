@@ -111,17 +111,18 @@ def _place(
     return Placed(emoji.parts.subject, Region(tuple(v / canvas.width for v in fractions)))
 
 
-def _counted(noun: str, count: int, *, word: bool = False) -> str:
+def counted(noun: str, count: int, *, word: bool = False) -> str:
+    """`a red apple`, `one red apple` or `two red apples`."""
     if count == 1:
         return f"one {noun}" if word else with_article(noun)
     return f"{NUMBER_WORDS[count]} {pluralised(noun)}"
 
 
 def _captions(nouns: Sequence[str], counts: Sequence[int], relation: Relation) -> tuple[str, ...]:
-    first = _counted(nouns[0], counts[0])
+    first = counted(nouns[0], counts[0])
     if len(nouns) == 1:
-        return tuple(dict.fromkeys((first, _counted(nouns[0], counts[0], word=True), f"a picture of {first}")))
-    second = _counted(nouns[1], counts[1])
+        return tuple(dict.fromkeys((first, counted(nouns[0], counts[0], word=True), f"a picture of {first}")))
+    second = counted(nouns[1], counts[1])
     return (f"{first} {relation} {second}", f"{second} {_OPPOSITE[relation]} {first}")
 
 
@@ -131,9 +132,9 @@ def _questions(nouns: Sequence[str], counts: Sequence[int], relation: Relation) 
         for noun, count in zip(nouns, counts, strict=True)
     ]
     if len(nouns) == 2:
-        questions.append((f"what is {relation} {_definite(nouns[1], counts[1])}?", _counted(nouns[0], counts[0])))
+        questions.append((f"what is {relation} {_definite(nouns[1], counts[1])}?", counted(nouns[0], counts[0])))
         questions.append(
-            (f"what is {_OPPOSITE[relation]} {_definite(nouns[0], counts[0])}?", _counted(nouns[1], counts[1]))
+            (f"what is {_OPPOSITE[relation]} {_definite(nouns[0], counts[0])}?", counted(nouns[1], counts[1]))
         )
     return tuple(questions)
 

@@ -10,8 +10,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 
-from anygen.evaluation.emoji import Score
 from anygen.evaluation.picture_samples import Bytes
+from anygen.evaluation.scores import Score
 
 Doubles = npt.NDArray[np.float64]
 MAX_PSNR_DB = 60.0

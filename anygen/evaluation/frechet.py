@@ -1,12 +1,16 @@
-"""Fréchet distance between two sets of features (the formula of FID, arXiv 1706.08500), here in any space.
+"""Distances between two sets of features, in any space: the formulas of FID (arXiv 1706.08500) and KID (1801.01401).
 
 Dimension key: N samples, D features.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import numpy.typing as npt
+
+from anygen.evaluation.scores import Score
 
 Floats = npt.NDArray[np.float64]
 
@@ -30,6 +34,38 @@ def frechet_distance(left_ND: npt.NDArray[np.floating], right_ND: npt.NDArray[np
     shift_D = left_ND.mean(axis=0, dtype=np.float64) - right_ND.mean(axis=0, dtype=np.float64)
     distance = shift_D @ shift_D + np.trace(left_DD) + np.trace(right_DD) - 2 * roots.sum()
     return max(0.0, float(distance))
+
+
+def kernel_distance(left_ND: npt.NDArray[np.floating], right_ND: npt.NDArray[np.floating]) -> Score:
+    """Squared maximum mean discrepancy with KID's kernel (x y / D + 1)^3, unbiased: around 0 for equal distributions.
+
+    Rows are pairs (a picture and what was made of it), so the U-statistic over pairs (Gretton et al. 2012, lemma 6) is
+    taken, with its normal interval. Features are first divided by the right side's root mean square distance from its
+    mean, so that the value does not depend on the unit of the space (KID's own features have theirs).
+
+    >>> rng = np.random.default_rng(0)
+    >>> x, y = rng.normal(size=(200, 3)), rng.normal(size=(200, 3))
+    >>> kernel_distance(x, y).low < 0 < kernel_distance(x + 1, y).low
+    True
+    """
+    assert left_ND.shape == right_ND.shape, (left_ND.shape, right_ND.shape)
+    num_pairs = len(left_ND)
+    if num_pairs < 2:
+        return Score(math.nan, math.nan, math.nan, num_pairs)
+    centre_D = right_ND.mean(axis=0, dtype=np.float64)
+    unit = float(np.sqrt(np.square(right_ND - centre_D).mean())) or 1.0
+    x_ND, y_ND = ((side - centre_D) / unit for side in (left_ND, right_ND))
+    cross_NN = _kernel(x_ND, y_ND)
+    terms_NN = _kernel(x_ND, x_ND) + _kernel(y_ND, y_ND) - cross_NN - cross_NN.T
+    np.fill_diagonal(terms_NN, 0.0)
+    rows_N = terms_NN.sum(axis=1) / (num_pairs - 1)
+    value, spread = float(rows_N.mean()), 1.96 * 2 * float(rows_N.std(ddof=1)) / math.sqrt(num_pairs)
+    return Score(value, value - spread, value + spread, num_pairs)
+
+
+def _kernel(x_ND: Floats, y_MD: Floats) -> Floats:
+    cubes_NM: Floats = (x_ND @ y_MD.T / x_ND.shape[1] + 1) ** 3
+    return cubes_NM
 
 
 def is_too_small(num_samples: int, num_features: int) -> bool:

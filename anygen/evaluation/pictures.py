@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from anygen.evaluation.emoji import proportion
 from anygen.evaluation.fidelity import MAX_PSNR_DB, SSIM_WINDOW_PX, Doubles, difference_of, mean_of, psnr, ssim
 from anygen.evaluation.frechet import frechet_distance, is_too_small
 from anygen.evaluation.picture_coding import (
@@ -28,6 +27,7 @@ from anygen.evaluation.picture_coding import (
 from anygen.evaluation.picture_samples import Bytes, RealPictures, Samples, draw_samples
 from anygen.evaluation.probes import PROBES, Features, bag_of_codes, check_packages, ratio_of, tasks_of
 from anygen.evaluation.report import Explained, Figure, figure_of
+from anygen.evaluation.scores import proportion
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.usage import usage_of
 

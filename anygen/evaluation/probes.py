@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from anygen.data.records import Record
 from anygen.errors import MissingDependency
-from anygen.evaluation.emoji import Score
+from anygen.evaluation.scores import Score
 
 MIN_TRAIN = 5
 """Training pictures of a class; classes with fewer are left out."""

@@ -13,7 +13,7 @@ import jinja2
 
 from anygen._version import __version__
 from anygen.errors import InputError
-from anygen.evaluation.emoji import Score
+from anygen.evaluation.scores import Score
 from anygen.files import MANIFEST, publishing, write_json
 
 REPORT, PAGE = "report.json", "index.html"

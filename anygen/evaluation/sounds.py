@@ -102,7 +102,7 @@ def evaluate_sounds(tokenizer: AudioTokenizer, data: Path, *, limit: int | None 
         MissingDependency: pystoi is not there; told before any work.
         DataError: no sound is held out.
     """
-    measures = _Measures(tokenizer.sample_rate_hz)
+    measures = SoundMeasures(tokenizer.sample_rate_hz)
     groups = _groups(tokenizer, data, limit or MAX_SOUNDS)
     figures: list[Figure] = []
     heard: list[Heard] = []
@@ -217,7 +217,7 @@ def _speed(tokenizer: AudioTokenizer, sounds: list[_Sound]) -> Iterator[Figure]:
         yield Figure("real-time factor", f"{name}, {where}", factor, None, None, len(chosen))
 
 
-class _Measures:
+class SoundMeasures:
     """Original and decoded sound to numbers; NaN where a measure does not apply to a sound."""
 
     def __init__(self, rate_hz: int) -> None:

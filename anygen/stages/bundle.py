@@ -48,7 +48,7 @@ def main(config: BundleConfig) -> StageResult:
     stages = {
         path.parent.name: read_json(path)
         for path in sorted(config.root.glob("*/stage.json"))
-        if path.parent.name not in ("bundle", "gallery")
+        if path.parent.name not in ("bundle", "evaluate", "gallery")
     }
     provenance = {
         "name": config.name,

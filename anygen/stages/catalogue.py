@@ -22,6 +22,7 @@ STAGES: dict[str, Stage] = {
     "tokenize": Stage("TokenizeConfig", ("data", "image_tokenizer", "audio_tokenizer")),
     "pretrain": Stage("PretrainConfig", ("text_tokenizer", "tokenize")),
     "bundle": Stage("BundleConfig", ("pretrain",)),
+    "evaluate": Stage("EvaluateConfig", ("bundle",)),
     "gallery": Stage("GalleryConfig", ("bundle",)),
 }
 """Every stage, in the order in which a family runs them."""

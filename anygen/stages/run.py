@@ -265,7 +265,5 @@ def _overrides_by_stage(
         elif dot and stage in recipes and "=" in rest:
             own.setdefault(stage, []).append(rest)
         else:
-            raise ConfigError(
-                f"override {text!r}: write stage.key=value (stages here: {', '.join(recipes)}) or root=FOLDER"
-            )
+            raise ConfigError(f"override {text!r}: write stage.key=value ({', '.join(recipes)}) or root=FOLDER")
     return shared, own

@@ -89,6 +89,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["generate", "--image", "/dev/zero", "--output", "text"], 2, "it is not a file"),
         (["inspect", "anygen/bundles/nano/anygen.json"], 2, "is part of a bundle: inspect anygen/bundles/nano"),
         (["evaluate", "--direction", "smell>text"], 2, "unknown direction"),
+        (["evaluate", "--compare", "{files}/absent.json", "{files}/absent.json"], 2, "is not a report of anygen evaluate"),
+        (["evaluate", "{files}/nothing", "--compare", "{files}/a", "{files}/b"], 2, "takes two reports and no model"),
         (["gallery", "--prompts", "{files}/absent.yaml"], 2, "cannot read the prompts"),
     ],
 )  # fmt: skip

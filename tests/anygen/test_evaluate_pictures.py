@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 from anygen.cli import app
 from anygen.data.records import Record, write_shard
 from anygen.errors import CheckpointError, DataError, InputError, MissingDependency
-from anygen.evaluation.emoji import Score
 from anygen.evaluation.fidelity import MAX_PSNR_DB, difference_of, mean_of, psnr, ssim
 from anygen.evaluation.frechet import covariance, frechet_distance
 from anygen.evaluation.picture_coding import code_pictures, open_judge, reconstruct
 from anygen.evaluation.picture_page import evaluate_folder, patches_at
 from anygen.evaluation.picture_samples import RealPictures, draw_samples, to_bytes
 from anygen.evaluation.probes import PROBES, Task, bag_of_codes, ratio_of, tasks_of
+from anygen.evaluation.scores import Score
 from anygen.evaluation.tokenizers import kind_of
 from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig
 from tokenizers_mm.image import ImageTokenizer

@@ -155,10 +155,10 @@ def test_what_cannot_be_measured_is_told(
 
 def test_pesq_of_the_same_sound_is_its_best(run: Path, audio_tokenizer: AudioTokenizer) -> None:
     pytest.importorskip("pesq", reason="the extra [pesq] is not installed")
-    from anygen.evaluation.sounds import _Measures
+    from anygen.evaluation.sounds import SoundMeasures
 
     sounds = [voice(1), Audio(np.zeros(RATE_HZ, np.float32), RATE_HZ)]
-    measures = _Measures(RATE_HZ)
+    measures = SoundMeasures(RATE_HZ)
     values = measures.of("x", sounds, sounds)["PESQ"]
     assert values[0] > 4.5 and math.isnan(values[1])
     assert measures.of("x", sounds[:1], sounds[1:])["PESQ"][0] == 1.0, "silence is the worst answer"
