@@ -19,7 +19,7 @@ import torch
 from anygen._version import __version__
 from anygen.bundle import Bundle, load_bundle
 from anygen.documents import Document, Segment
-from anygen.drawing import DEFAULT_STEPS, Drawer, noise_seed
+from anygen.drawing import Drawer, noise_seed
 from anygen.editing import edit_of, infills
 from anygen.errors import InputError
 from anygen.grammar import Grammar, Plan
@@ -213,7 +213,7 @@ class AnyGen:
         ]
 
     def _drawer(self, request: Request) -> Drawer:
-        return Drawer(self.bundle, request.decoder, request.num_inference_steps or DEFAULT_STEPS)
+        return Drawer(self.bundle, request.decoder, request.num_inference_steps)
 
     def _plan(self, request: Request) -> Plan:
         tokenizers = self.bundle.tokenizers

@@ -67,10 +67,10 @@ class Bundle:
         if name not in self._opened:
             patches = self.layout.native_grid_hw[0] * self.layout.native_grid_hw[1]
             self._opened[name] = open_renderer(self.folder / "decoders" / name, device=self.model.device)
-            if self._opened[name].num_patches != patches:
-                raise CheckpointError(
-                    f"decoder {name!r} draws {self._opened.pop(name).num_patches} patches, the model writes {patches}"
-                )
+            drawn = getattr(self._opened[name], "num_patches", patches)  # a pretrained pipeline has no grid of codes
+            if drawn != patches:
+                del self._opened[name]
+                raise CheckpointError(f"decoder {name!r} draws {drawn} patches, the model writes {patches}")
         return self._opened[name]
 
 

@@ -27,7 +27,6 @@ from anygen.seeding import seed_of
 DecoderName = Literal["codes", "diffusion", "voken"]
 DRIVERS: dict[str, str] = {"diffusion": "codes", "voken": "vokens"}
 """What drives the flow decoder."""
-DEFAULT_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,12 @@ class Drawer:
     Args:
         bundle: with the tokenizers and, where `decoder` asks for one, a flow decoder.
         decoder: as above.
-        steps: of the flow decoder.
+        steps: of the flow decoder; None for its own number.
     """
 
     bundle: Bundle
     decoder: DecoderName = "codes"
-    steps: int = DEFAULT_STEPS
+    steps: int | None = None
 
     def check(self) -> None:
         """Load the decoder.
@@ -88,8 +87,9 @@ class Drawer:
             condition = {"vokens": segment.content.states[None]}
         else:
             condition = {"codes": torch.from_numpy(segment.codes.codes_KT[:1].copy())}
+        steps = {} if self.steps is None else {"steps": self.steps}
         generator = torch.Generator().manual_seed(seed)
-        picture: Image.Image = renderer(**condition, steps=self.steps, generator=generator).images[0]
+        picture: Image.Image = renderer(**condition, **steps, generator=generator).images[0]
         return picture
 
 

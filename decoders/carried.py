@@ -30,13 +30,22 @@ def carried(folder: Path) -> dict[str, tuple[str, ...]]:
 
 def _drivers(path: Path) -> tuple[str, ...]:
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        return tuple(name for name in DRIVERS if index.get(name, [None])[0] is not None)
-    except (OSError, ValueError, AttributeError, TypeError, IndexError) as error:
+        return tuple(name for name in DRIVERS if _index(path).get(name, [None])[0] is not None)
+    except (AttributeError, TypeError, IndexError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def open_renderer(folder: Path, *, device: torch.device) -> Any:
+def _index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(index, dict):
+        raise CheckpointError(f"{path} cannot be read: it is not a JSON object")
+    return index
+
+
+def open_renderer(folder: Path | str, *, device: torch.device) -> Any:
     """The renderer in a folder, ready to draw.
 
     Raises:
@@ -45,7 +54,10 @@ def open_renderer(folder: Path, *, device: torch.device) -> Any:
     """
     load_diffusers()
     from decoders.decoder import FlowDecoder
+    from decoders.prompt import PromptDecoder
 
+    if _index(Path(folder) / INDEX_FILE).get("_class_name") == PromptDecoder.__name__:
+        return PromptDecoder.from_pretrained(folder).to(device)
     try:
         return FlowDecoder.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32).to(device)
     except UNREADABLE as error:
