@@ -1,4 +1,4 @@
-"""Commands that measure speed: `bench train`."""
+"""Commands that measure speed: `bench train` and `bench sample`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ import typer
 from anygen.cli.options import print_json
 
 app = typer.Typer(help="Measure speed against limits and peers taken in the same run.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `train` a command of its own while it is the only one."""
 
 
 @app.command()
@@ -41,5 +36,31 @@ def train(
     values |= {"threads": threads, "compile": compiled, "precision": precision, "device": device, "seed": seed}
     config = build(TrainBenchConfig, values | {"peak_tflops": peak_tflops}, source="bench train")
     report = {"command": shlex.join(["anygen", *sys.argv[1:]])} | bench_train(config)
+    print(*lines(report), sep="\n")
+    print_json(report)
+
+
+@app.command()
+def sample(
+    size: Annotated[str, typer.Option(help="smoke; cpu: 34 M parameters.")] = "cpu",
+    batch_size: Annotated[list[int] | None, typer.Option(help="Rows at once; repeat for several. 1 and 8.")] = None,
+    new_ids: Annotated[int, typer.Option(min=2, help="Ids a row.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="Each has every contestant once.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="0: as many as torch takes.")] = 0,
+    continuous: Annotated[bool, typer.Option("--continuous", help="Also transformers' generate_batch.")] = False,
+    bundle: Annotated[bool, typer.Option(help="Also the embedded bundle, in every direction.")] = True,
+    seed: Annotated[int, typer.Option(help="Of weights and prompts.")] = 0,
+) -> None:
+    """Our sampling step against transformers' generate: same weights, same ids. The last line is one JSON object."""
+    import shlex
+    import sys
+
+    from anygen.bench.sample import SampleBenchConfig, bench_sample, lines
+    from anygen.config import build
+
+    values: dict[str, Any] = {"size": size, "new_ids": new_ids, "rounds": rounds, "threads": threads, "seed": seed}
+    values |= {"continuous": continuous, "bundle": bundle, "batch_sizes": tuple(batch_size or (1, 8))}
+    config = build(SampleBenchConfig, values, source="bench sample")
+    report = {"command": shlex.join(["anygen", *sys.argv[1:]])} | bench_sample(config)
     print(*lines(report), sep="\n")
     print_json(report)

@@ -77,7 +77,6 @@ class Engine:
         self._floor, self._head_floor = eps.float().sqrt()  # an RMSNorm's epsilon, as a length
         self._cache_dtype = dtype if self.device.type == "cuda" else torch.float32
         self._heads: dict[tuple[int, int], Linear] = {}
-        self.attend_cached: Callable[[Tensor, Tensor, Window], Tensor] = self._attend_cached
 
     def new_cache(self, num_rows: int, length: int) -> Cache:
         """An empty cache for `num_rows` rows of up to `length` ids."""
@@ -217,7 +216,7 @@ class Engine:
 
         return attention
 
-    def _attend_cached(self, q_MHE: Tensor, memory_RNC: Tensor, window: Window) -> Tensor:
+    def attend_cached(self, q_MHE: Tensor, memory_RNC: Tensor, window: Window) -> Tensor:
         """M x (H E). Queries that share keys stand under one another, so that nothing is repeated for them."""
         num_rows, width = window.shape
         memory = memory_RNC[:num_rows, : window.num_keys].unflatten(-1, (2 * self.num_kv, -1)).transpose(1, 2)

@@ -23,23 +23,21 @@ Owner = tuple[int, bool]
 
 
 class Rows:
-    """Rows in use, and the hidden states after what they last read.
+    """Rows in use, and the hidden states after what they last read."""
 
-    Args:
-        engine: that reads.
-        capacity: rows to allocate.
-        uses: how many rows will ever want each prompt, by its bytes; prompts wanted again are kept.
-    """
-
-    def __init__(self, engine: Engine, capacity: int, uses: Counter[bytes]) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.owners: list[Owner] = []
         self.row: dict[Owner, int] = {}
         self.hidden_BWD = torch.empty(0)
         self.cache = engine.new_cache(0, 1)
-        self._capacity, self._uses = capacity, uses
+        self._capacity, self._uses = 0, Counter[bytes]()
         self._lengths: list[int] = []
         self._kept: dict[bytes, tuple[Prompt, Tensor]] = {}
+
+    def expect(self, prompts: Iterable[IntArray], capacity: int) -> None:
+        """What rows will ever want these prompts, at most `capacity` of them at once; a prompt wanted again is kept."""
+        self._uses, self._capacity = Counter(prompt.tobytes() for prompt in prompts), capacity
 
     @torch.inference_mode()
     def join(self, prompts: Mapping[Owner, IntArray]) -> None:

@@ -15,7 +15,7 @@ Dimension key: B rows of one group, A allowed ids, W ids of a pass, D width.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,7 +116,7 @@ class _Sampler:
         self._vokens: dict[int, list[int]] = {}  # places of vokens among the new ids
         self._drafts = [Draft() for _ in states]
         self._allowed: dict[Ranges, Tensor] = {}
-        self.rows = Rows(engine, 0, Counter())
+        self.rows = Rows(engine)
 
     def begin(self) -> None:
         """All samples wait for rows; the ids that they have belong to their prompts."""
@@ -128,8 +128,7 @@ class _Sampler:
             for is_twin, prompt in zip((False, True), self.states[index].prompts, strict=False)
         }
         self._num_read = [len(state.ids) for state in self.states]
-        uses = Counter(prompt.tobytes() for prompt in self._prompts.values())
-        self.rows = Rows(self.engine, min(self.max_rows, len(self._prompts)), uses)
+        self.rows.expect(self._prompts.values(), min(self.max_rows, len(self._prompts)))
 
     def admit(self) -> bool:
         """Let waiting samples join where enough rows are free; False where nothing is left to do."""
