@@ -52,21 +52,30 @@ def _with_signature_of_request(method: Method) -> Method:
 class AnyGen:
     """A model with its tokenizers, ready to generate."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, *, dtype: torch.dtype = torch.float32) -> None:
         self.bundle = bundle
         self.sequencer = Sequencer(bundle.vocabulary, bundle.layout)
         self.grammar = Grammar(self.sequencer)
-        self.engine = Engine(bundle.model)
+        self.engine = Engine(bundle.model, dtype=dtype)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path | None = None, *, device: str = "auto") -> AnyGen:
+    def from_pretrained(
+        cls, folder: str | Path | None = None, *, device: str = "auto", dtype: torch.dtype = torch.float32
+    ) -> AnyGen:
         """Open a bundle; None opens the one that comes with the package.
 
+        Args:
+            folder: of the bundle.
+            device: `auto` takes a GPU where there is one.
+            dtype: of the transformer's weights while sampling; `torch.bfloat16` is faster and gives other ids.
+
         Raises:
-            InputError: no such folder.
+            InputError: no such folder, or another dtype.
             CheckpointError: not a bundle, or a damaged one.
         """
-        return cls(load_bundle(folder, device=device))
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"dtype must be torch.float32 or torch.bfloat16; got {dtype!r}")
+        return cls(load_bundle(folder, device=device), dtype=dtype)
 
     @_with_signature_of_request
     def generate(self, *, on_event: Callable[[Event | Finished], Any] | None = None, **arguments: Any) -> Output:

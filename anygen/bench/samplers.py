@@ -24,6 +24,7 @@ from anygen.sampling.engine import Engine
 from tokenizers_mm import compat  # noqa: F401  before transformers
 
 SLICE = 1024
+_PAGE = 64
 TOLERANCE = 1e-5
 """Greatest difference of fp32 logits."""
 
@@ -102,9 +103,19 @@ def _generate(model: Any, cache: str | None) -> Callable[[Tensor, int], Tensor]:
 
 
 def _continuous(model: Any) -> Callable[[Tensor, int], Tensor]:
+    from transformers import ContinuousBatchingConfig
+
     def generate(prompts_BT: Tensor, num_new: int) -> Tensor:
+        pages = len(prompts_BT) * (1 + (prompts_BT.shape[1] + num_new) // _PAGE)
+        room = ContinuousBatchingConfig(  # by itself it takes most of the memory
+            page_size=_PAGE, num_blocks=2 * pages, max_batch_tokens=max(64, prompts_BT.numel())
+        )
         found = model.generate_batch(
-            prompts_BT.tolist(), generation_config=_settings(num_new, None), warmup=False, progress_bar=False
+            prompts_BT.tolist(),
+            generation_config=_settings(num_new, None),
+            continuous_batching_config=room,
+            warmup=False,
+            progress_bar=False,
         )
         ordered = sorted(found.values(), key=lambda one: int(str(one.request_id).rsplit("_", 1)[-1]))
         return torch.tensor([one.generated_tokens for one in ordered])

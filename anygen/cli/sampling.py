@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from anygen.cli.options import JsonOption, ModelOption, print_json
+
+if TYPE_CHECKING:
+    from anygen.request import Request
+    from anygen.results import Output
 
 
 def generate(
@@ -38,6 +42,7 @@ def generate(
     ] = None,
     model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="Folder for what is generated.")] = Path("out"),
+    profile: Annotated[bool, typer.Option("--profile", help="Print where the time went, to stderr.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text, pictures and sound from text, pictures and sound."""
@@ -66,7 +71,7 @@ def generate(
         speculative_window=speculative_window,
     )
     request.inputs  # noqa: B018  a bad file is told before the model is loaded
-    result = AnyGen.from_pretrained(model).generate_batch([request])[0]
+    result = _profiled(model, request) if profile else AnyGen.from_pretrained(model).generate_batch([request])[0]
     files = result.save(out)
     if as_json:
         samples = [
@@ -80,6 +85,23 @@ def generate(
     for file in files:
         if file.suffix != ".txt":
             print(file)
+
+
+def _profiled(model: str | None, request: Request) -> Output:
+    """The answer; where the time went is printed to stderr."""
+    import sys
+    import time
+
+    from anygen.api import AnyGen
+    from anygen.bench.profile import profiled
+
+    start = time.perf_counter()
+    opened = AnyGen.from_pretrained(model)
+    print(f"{'load':32}{1e3 * (time.perf_counter() - start):9.1f} ms", file=sys.stderr)
+    with profiled() as profile:
+        result = opened.generate_batch([request])[0]
+    print(*profile.lines(), sep="\n", file=sys.stderr)
+    return result
 
 
 def gallery(

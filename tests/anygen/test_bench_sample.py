@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
 import torch
 
+from anygen.api import AnyGen
 from anygen.bench import samplers
 from anygen.bench.machine import Window
+from anygen.bench.profile import PARTS, profiled
 from anygen.bench.sample import SampleBenchConfig, _figures, bench_sample, lines
 from anygen.bench.samplers import Contestant, GateError, contestants, gate
 from anygen.cli import main
+from anygen.errors import InputError
+from anygen.request import Request
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +81,32 @@ def test_the_command_ends_with_one_json_object(capsys: pytest.CaptureFixture[str
     assert left.value.code == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["config"]["batch_sizes"] == [2] and found["bundle"] is None
+
+
+def test_a_profile_adds_up_and_changes_nothing(
+    model: AnyGen, bundle_folder: Any, tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    request = Request(text="a red apple", output=("image", "text"), max_new_tokens=30)
+    expected = model.generate_batch([request])[0].samples[0].ids
+    plain = vars(AnyGen)["generate_batch"]
+    with profiled() as profile:
+        start = time.perf_counter()
+        assert model.generate_batch([request])[0].samples[0].ids == expected
+        taken = time.perf_counter() - start
+    assert sum(profile.seconds.values()) == pytest.approx(taken, rel=0.05)
+    assert all(profile.calls[part] and profile.seconds[part] > 0 for part in PARTS)
+    assert vars(AnyGen)["generate_batch"] is plain
+    arguments = ["--text", "a", "--output", "image", "--model", str(bundle_folder), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as left:
+        main(["generate", *arguments, "--profile"])
+    assert left.value.code == 0
+    printed = capsys.readouterr().err
+    assert all(word in printed for word in ("load", "prefill", "steps: attention", "decode", "together"))
+
+
+def test_weights_may_be_bf16(bundle_folder: Any) -> None:
+    rough = AnyGen.from_pretrained(bundle_folder, device="cpu", dtype=torch.bfloat16)
+    assert rough.engine.dtype == torch.bfloat16
+    assert rough.generate(text="a red apple", output="image", seed=3).image.size
+    with pytest.raises(InputError, match="dtype"):
+        AnyGen.from_pretrained(bundle_folder, dtype=torch.float64)
