@@ -143,7 +143,10 @@ class AnyGen:
             InputError: (at once, not with the first event) an argument that cannot be used, by name.
             TypeError: an unknown argument.
         """
-        request = Request.of(arguments)
+        return self.stream_request(Request.of(arguments))
+
+    def stream_request(self, request: Request) -> Iterator[Event | Finished]:
+        """`stream` of a request that is there already."""
         states = self._states(request)
         return self._events(request, states, self._trackers(request, states))
 

