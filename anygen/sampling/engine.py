@@ -76,6 +76,8 @@ class Engine:
         eps = torch.tensor([config.hidden_size, config.head_dim], device=self.device) * config.rms_norm_eps
         self._floor, self._head_floor = eps.float().sqrt()  # an RMSNorm's epsilon, as a length
         self._cache_dtype = dtype if self.device.type == "cuda" else torch.float32
+        self.static_steps: dict[tuple[int, int, bool], Any] = {}
+        """Static steps that no call uses, by rows, length and filters (`anygen.sampling.static_sampler`)."""
         self._heads: dict[tuple[int, int], Linear] = {}
 
     def new_cache(self, num_rows: int, length: int) -> Cache:
@@ -117,7 +119,9 @@ class Engine:
         positions_B = cache.lengths_B
         lengths = positions_B.tolist()
         num_keys = max(lengths) + 1
-        mask_B1QN = None if min(lengths) + 1 == num_keys else _mask(positions_B[:, None], num_keys, self._cache_dtype)
+        mask_B1QN = (
+            None if min(lengths) + 1 == num_keys else causal_mask(positions_B[:, None], num_keys, self._cache_dtype)
+        )
         hidden_BD = self.step_at(ids_B.to(self.device), positions_B, cache, mask_B1QN, num_keys)
         cache.lengths_B = positions_B + 1
         return hidden_BD
@@ -158,7 +162,7 @@ class Engine:
         positions_M = packed(positions_BW)
         num_keys = int(positions_M.max()) + 1
         slots_M = packed(cache.first_slots_B[:num_rows, None] + positions_BW)
-        mask_B1QN = _mask(positions_BW.repeat(1, self.num_heads // self.num_kv), num_keys, self._cache_dtype)
+        mask_B1QN = causal_mask(positions_BW.repeat(1, self.num_heads // self.num_kv), num_keys, self._cache_dtype)
         window = Window(slots_M, self._turns_N1F[positions_M], mask_B1QN, num_keys, (num_rows, width), spots)
         x_MD = self._blocks(packed(ids_BW), window.turns_M1F, self._cached(cache, window))
         cache.lengths_B = cache.lengths_B + counts_B
@@ -242,7 +246,7 @@ def _as_complex(x_MHE: Tensor) -> Tensor:
     return torch.view_as_complex(x_MHE.unflatten(-1, (-1, 2)))
 
 
-def _mask(positions_BQ: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
+def causal_mask(positions_BQ: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
     """A query looks at its own position and before; B x 1 x Q x N."""
     hidden_BQN = torch.arange(num_keys, device=positions_BQ.device) > positions_BQ[..., None]
     return torch.zeros_like(hidden_BQN, dtype=dtype).masked_fill_(hidden_BQN, -torch.inf)[:, None]

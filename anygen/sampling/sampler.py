@@ -31,6 +31,7 @@ from anygen.sampling.engine import Engine
 from anygen.sampling.race import draw_key, waits
 from anygen.sampling.rows import Owner, Rows
 from anygen.sampling.speculative import Draft
+from anygen.sampling.static_sampler import fits, sample_static
 from tokenizers_mm.codes import IntArray
 
 MAX_ROWS = 64
@@ -78,7 +79,7 @@ class SampleState:
 
 
 def sample(
-    engine: Engine, states: Sequence[SampleState], *, max_rows: int = MAX_ROWS
+    engine: Engine, states: Sequence[SampleState], *, max_rows: int = MAX_ROWS, plain: bool = False
 ) -> Iterator[list[tuple[int, int]]]:
     """Run all samples to their end; yields the (sample, id) pairs that were added, at most one of each sample at once.
 
@@ -86,10 +87,15 @@ def sample(
         engine: that computes.
         states: the samples; their order and their number change none of them.
         max_rows: how many rows (two for a sample with guidance) may be read at once; the others wait.
+        plain: True launches every operator by itself where a GPU would replay a graph.
 
     Raises:
         InputError: a prompt with its budget is longer than the model's positions.
     """
+    _check_lengths(engine, states)
+    if engine.device.type == "cuda" and not plain and states and fits(states):
+        yield from sample_static(engine, states, max_rows=max_rows)
+        return
     sampler = _Sampler(engine, states, max_rows)
     yield from sampler.force()
     sampler.begin()
@@ -99,17 +105,20 @@ def sample(
         sampler.advance()
 
 
+def _check_lengths(engine: Engine, states: Sequence[SampleState]) -> None:
+    length = max((max(map(len, s.prompts)) + s.walk.budget for s in states), default=0)
+    if length > engine.max_positions:
+        raise InputError(
+            f"prompt and answer may need {length} ids, this model has {engine.max_positions} positions: "
+            "shorten the input or lower max_new_tokens"
+        )
+
+
 class _Sampler:
     """Who waits and who is active, what each has yet to read, and the choices."""
 
     def __init__(self, engine: Engine, states: Sequence[SampleState], max_rows: int) -> None:
         self.engine, self.states, self.max_rows = engine, states, max_rows
-        length = max((max(map(len, s.prompts)) + s.walk.budget for s in states), default=0)
-        if length > engine.max_positions:
-            raise InputError(
-                f"prompt and answer may need {length} ids, this model has {engine.max_positions} positions: "
-                "shorten the input or lower max_new_tokens"
-            )
         self.active: list[int] = [index for index, state in enumerate(states) if not state.walk.done]
         self._keys = [draw_key(state.generator) for state in states]
         self._num_read = [len(state.ids) for state in states]
