@@ -35,6 +35,19 @@ def open_pipeline(base: str | Path, *, text: bool = False, dtype: torch.dtype = 
     return pipeline
 
 
+def check_pipeline(base: str | Path) -> None:
+    """Read a pipeline's index, nothing more.
+
+    Raises:
+        CheckpointError: there is no such pipeline.
+        MissingDependency: diffusers is absent or broken.
+    """
+    try:
+        load_diffusers().DiffusionPipeline.load_config(str(base))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{base} is not a pipeline that diffusers can open: {error}") from error
+
+
 def _is_text(name: str, index: Mapping[str, Any]) -> bool:
     if "language_model" in index and name in ("language_model", "projection_model", "feature_extractor"):  # AudioLDM2
         return True

@@ -26,7 +26,10 @@ MAX_LINES = 300
 # Their classes derive from diffusers': they are imported by none of the other files of decoders/, but inside functions.
 DIFFUSERS_FILES = ("decoders/denoiser.py", "decoders/drivers.py", "decoders/decoder.py")
 # Files of anygen that meet decoders: where a bundle is assembled, and the stages that train them.
-MEET_DECODERS = ("anygen/bundle.py", "anygen/stages/vokens.py", "anygen/stages/voken_losses.py")
+MEET_DECODERS = (
+    "anygen/bundle.py",
+    *(f"anygen/stages/{name}.py" for name in ("vokens", "voken_losses", "prompt_vokens", "prompt_losses")),
+)
 
 
 def sources() -> list[Path]:

@@ -29,6 +29,7 @@ STAGES: dict[str, Stage] = {
 ALTERNATIVES = {
     ("audio_tokenizer", "checkpoint"): ("published_codec", "PublishedCodecConfig"),
     ("text_tokenizer", "checkpoint"): ("llm_tokenizer", "LLMTokenizerConfig"),
+    ("vokens", "renderer"): ("prompt_vokens", "PromptVokensConfig"),
 }
 """Stage and a key that makes its recipe one of another kind -> where that kind's code is."""
 OPTIONAL = ("teacher", "image_tokenizer", "audio_tokenizer")

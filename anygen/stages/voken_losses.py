@@ -104,6 +104,27 @@ class VokenRows(nn.Module):
             model.lm_head.weight.copy_(head_VD)
 
 
+def read_vokens(
+    text: NextTokenLoss, batch: TensorBatch, vokens_N: Any, *, rows: VokenRows | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Hidden states at the vokens, M x N x D, the text loss, and its report.
+
+    Args:
+        text: the transformer and its loss.
+        batch: packed documents.
+        vokens_N: ids of the vokens.
+        rows: in place of the transformer's own.
+    """
+    if rows is None:
+        hidden_TD, head_VD = text.read(batch), text.model.lm_head.weight
+    else:
+        embed_VD, head_VD = rows.matrices(text.model)
+        hidden_TD = text.read(batch, embed_VD)
+    loss, report = text.score(hidden_TD, batch, head_VD)
+    states_MND, _ = gather_vokens(hidden_TD[None], batch.ids_T[None], first_voken=int(vokens_N[0]), count=len(vokens_N))
+    return states_MND.float(), loss, report
+
+
 class VokenLoss(nn.Module):
     """The loss of a phase.
 
@@ -159,18 +180,7 @@ class VokenLoss(nn.Module):
 
     def read(self, batch: VokenBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Hidden states at the vokens, M x N x D, the text loss, and its report."""
-        model = self.text.model
-        if self.rows is None:
-            hidden_TD, head_VD = self.text.read(batch.text), model.lm_head.weight
-        else:
-            embed_VD, head_VD = self.rows.matrices(model)
-            hidden_TD = self.text.read(batch.text, embed_VD)
-        text, report = self.text.score(hidden_TD, batch.text, head_VD)
-        ids_1T = batch.text.ids_T[None]
-        states_MND, _ = gather_vokens(
-            hidden_TD[None], ids_1T, first_voken=int(self._vokens_N[0]), count=len(self._vokens_N)
-        )
-        return states_MND.float(), text, report
+        return read_vokens(self.text, batch.text, self._vokens_N, rows=self.rows)
 
     @torch.no_grad()
     def gaps(self, batch: VokenBatch, encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
