@@ -52,13 +52,13 @@ def open_renderer(folder: Path | str, *, device: torch.device) -> Any:
         MissingDependency: diffusers is absent or broken.
         CheckpointError: it cannot be read.
     """
-    load_diffusers()
+    load_diffusers().utils.logging.disable_progress_bar()
     from decoders.decoder import FlowDecoder
     from decoders.prompt import PromptDecoder
 
     if _index(Path(folder) / INDEX_FILE).get("_class_name") == PromptDecoder.__name__:
         return PromptDecoder.from_pretrained(folder).to(device)
     try:
-        return FlowDecoder.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32).to(device)
+        return FlowDecoder.from_pretrained(folder, local_files_only=True, dtype=torch.float32).to(device)
     except UNREADABLE as error:
         raise CheckpointError(f"the decoder in {folder} cannot be read: {str(error).splitlines()[0]}") from error

@@ -115,6 +115,17 @@ class VokenMapper(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.null_PK = nn.Parameter(torch.randn(patches, dim) * 0.02)
         self.says = nn.Linear(dim, codebook_size) if codebook_size else None
 
+    @torch.no_grad()
+    def say_as(self, codes: CodeEmbedder) -> None:
+        """Start to say codes in the features in which the denoiser was taught them.
+
+        What alignment then pulls towards a code is what the denoiser draws it from; otherwise the two losses pull apart
+        (measured: the flow loss rises as the alignment falls).
+        """
+        assert self.says is not None, "a mapper without codebook_size says no codes"
+        self.says.weight.copy_(codes.table.weight / 4)
+        self.says.bias.zero_()
+
     def forward(self, states_BND: Tensor, drop: Tensor | None = None) -> Tensor:
         """Condition, B x P x K; `drop` (B) says where it is the null."""
         context_BNW = self.embed(self.norm_in(states_BND)) + self.places_NW

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.resources
+from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
@@ -43,7 +44,7 @@ class BundleConfig(StageConfig):
 
 def main(config: BundleConfig) -> StageResult:
     """Write the bundle; equal inputs give equal bytes."""
-    model, vocabulary, layout = load_pretrained(config.root / "pretrain" / "model")
+    model, vocabulary, layout = load_pretrained(_newest(config.root, "vokens", "pretrain") / "model")
     tokenizers = open_tokenizers(config.root, location_bins=vocabulary.range("region").size)
     stages = {
         path.parent.name: read_json(path)
@@ -55,8 +56,10 @@ def main(config: BundleConfig) -> StageResult:
         "anygen": __version__,
         "recipes": {name: facts["config"] for name, facts in stages.items()},
     }
+    decoders = _decoders(config.root)
     facts: dict[str, Any] = {
         "name": config.name,
+        "decoders": sorted(decoders),
         "notes": config.notes,
         "parameters": num_parameters(model),
         "vocabulary": vocabulary,
@@ -74,9 +77,22 @@ def main(config: BundleConfig) -> StageResult:
         defaults={name: SamplingOptions(**options.model_dump()) for name, options in config.defaults.items()},
         provenance=provenance,
         card=_card(facts),
+        decoders=decoders,
     )
     size = sum(p.stat().st_size for p in (config.folder / config.name).rglob("*") if p.is_file())
     return StageResult(config.folder, (config.folder / config.name,), {"megabytes": size / 1e6})
+
+
+def _newest(root: Path, *stages: str) -> Path:
+    """The folder of the first of these stages that was done; of the last where none was."""
+    return next((root / stage for stage in stages if (root / stage / "stage.json").exists()), root / stages[-1])
+
+
+def _decoders(root: Path) -> dict[str, Path]:
+    """The diffusion decoder of pictures: of stage `vokens`, else of stage `decoder`, else none."""
+    made = [folder for folder in (root / "vokens" / "decoder", root / "decoder" / "model") if folder.is_dir()]
+    done = [folder for folder in made if (folder.parent / "stage.json").exists()]
+    return {"image": done[0]} if done else {}
 
 
 def _exact(stage: dict[str, Any]) -> dict[str, float]:

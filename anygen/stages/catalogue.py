@@ -21,7 +21,9 @@ STAGES: dict[str, Stage] = {
     "audio_tokenizer": Stage("AudioTokenizerConfig", ("data",)),
     "tokenize": Stage("TokenizeConfig", ("data", "image_tokenizer", "audio_tokenizer")),
     "pretrain": Stage("PretrainConfig", ("text_tokenizer", "tokenize")),
-    "bundle": Stage("BundleConfig", ("pretrain",)),
+    "decoder": Stage("DecoderConfig", ("data", "tokenize")),
+    "vokens": Stage("VokensConfig", ("data", "tokenize", "pretrain", "decoder")),
+    "bundle": Stage("BundleConfig", ("pretrain", "decoder", "vokens")),
     "evaluate": Stage("EvaluateConfig", ("bundle",)),
     "gallery": Stage("GalleryConfig", ("bundle",)),
 }
@@ -32,5 +34,5 @@ ALTERNATIVES = {
     ("vokens", "renderer"): ("prompt_vokens", "PromptVokensConfig"),
 }
 """Stage and a key that makes its recipe one of another kind -> where that kind's code is."""
-OPTIONAL = ("teacher", "image_tokenizer", "audio_tokenizer")
+OPTIONAL = ("teacher", "image_tokenizer", "audio_tokenizer", "decoder", "vokens")
 """A teacher may come from elsewhere, and a run may do without pictures, without sound or without diffusion."""

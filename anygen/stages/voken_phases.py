@@ -42,13 +42,13 @@ class VokenData:
     def of(self, sequences: list[Sequence], documents: list[Document], dropped: list[bool]) -> VokenBatch:
         """A batch of given documents."""
         vokens = [v for document, drop in zip(documents, dropped, strict=True) for v in _written(document, drop)]
-        codes = [v.picture.codes_KT[0] for v in vokens if v.picture is not None]
+        codes = [v.picture.codes_KT[0].tolist() for v in vokens if v.picture is not None]
         pad_id = self.sequencer.vocabulary.control("pad")
         packed = collate([sequences], sum(len(s) for s in sequences), pad_id=pad_id)
         patches = math.prod(self.sequencer.layout.native_grid_hw)
         return VokenBatch(
             self.weights.batch(packed),
-            torch.tensor(codes).reshape(-1, patches),
+            torch.tensor(codes, dtype=torch.long).reshape(-1, patches),
             self.pictures.pixels([v.key for v in vokens]),
         )
 

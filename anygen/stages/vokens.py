@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from anygen.config import Config
 from anygen.data.coded import CodedStore
@@ -29,6 +28,7 @@ from anygen.seeding import borrowed_randomness, seed_of
 from anygen.sequence import Sequencer
 from anygen.stages.base import StageConfig, StageResult, open_records
 from anygen.stages.coded_shards import places_of
+from anygen.stages.decoder import encoder_of
 from anygen.stages.pretrain import load_pretrained, open_tokenizers
 from anygen.stages.tokenize import coded_facts
 from anygen.stages.voken_losses import VokenLoss, VokenRows, VokenWeights
@@ -36,7 +36,7 @@ from anygen.stages.voken_phases import VokenData, VokenTraining
 from anygen.training.loop import LoopConfig, train
 from anygen.vocabulary import Vocabulary
 from decoders.carried import open_renderer
-from decoders.drivers import VokenMapper
+from decoders.optional import load_diffusers
 
 
 class MapperConfig(Config):
@@ -81,6 +81,10 @@ class VokensConfig(StageConfig):
         for direction in mixture:
             Direction.parse(direction)
         return mixture
+
+    def check(self) -> None:
+        """Without diffusers nothing is moved or trained."""
+        load_diffusers()
 
     @property
     def on_cpu(self) -> bool:
@@ -135,6 +139,8 @@ def start_decoder(config: VokensConfig, hidden_dim: int, vocabulary: Vocabulary)
     if not folder.is_dir():
         raise ConfigError(f"there is no diffusion decoder in {folder}: run the stage decoder first")
     decoder = open_renderer(folder, device=torch.device("cpu"))
+    from decoders.drivers import VokenMapper  # needs diffusers, which the line above has found
+
     with borrowed_randomness(seed_of(config.frozen_loop.seed, "mapper")):
         mapper = VokenMapper(
             hidden_dim=hidden_dim,
@@ -144,6 +150,7 @@ def start_decoder(config: VokensConfig, hidden_dim: int, vocabulary: Vocabulary)
             codebook_size=vocabulary.range("image.0").size,
             **config.mapper.model_dump(),
         )
+    mapper.say_as(decoder.codes)
     decoder.register_modules(vokens=mapper)
     return decoder
 
@@ -162,6 +169,7 @@ def _phase(
     seed: int,
 ) -> VokenTraining:
     image: Any = tokenizers["image"]
+    encode = encoder_of(image)
 
     def data(split: str) -> VokenData:
         records = NamedPictures(open_records(config.root, split), image.config.side_px)
@@ -169,10 +177,6 @@ def _phase(
             open_stream(config, tokenizers, mixture, split, seed=seed), records, sequencer,
             LossWeights(sequencer.vocabulary, {}, inputs=0.0), config.documents_per_batch,
         )  # fmt: skip
-
-    def encode(pixels: Tensor) -> Tensor:
-        codes: Tensor = image.to(pixels.device).encode_pixels(pixels)
-        return codes.reshape(len(pixels), image.num_codebooks, -1)[:, 0]
 
     return VokenTraining(losses, data("train"), data("validation"), encode)
 
