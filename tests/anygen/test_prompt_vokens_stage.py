@@ -19,11 +19,13 @@ import tiny_pipelines
 
 from anygen.data.records import Record, write_shard
 from anygen.data.source import png_of
-from anygen.errors import CheckpointError
+from anygen.errors import CheckpointError, ConfigError
 from anygen.files import publishing, write_json
+from anygen.recipes_index import find_recipe
 from anygen.stages.pretrain import load_pretrained, open_tokenizers
 from anygen.stages.prompt_losses import PromptLoss, PromptWeights
 from anygen.stages.prompt_vokens import PromptVokensConfig, _phase, main, start_decoder
+from anygen.stages.run import load_recipe
 from anygen.stages.tokenize import TokenizeConfig
 from anygen.stages.tokenize import main as tokenize
 from anygen.stages.voken_losses import VokenRows
@@ -183,3 +185,25 @@ def test_what_cannot_be_is_told_before_anything_is_trained(root: Path, tmp_path:
     first = config_of(root).outside_inputs()
     (root / "pipelines" / "sd" / "notes.txt").write_text("x")
     assert config_of(root).outside_inputs() != first
+    recipe = tmp_path / "vokens.yaml"
+    recipe.write_text("stage: vokens\nrenderer: {pipeline: x, querys: 3}\nfrozen_loop: {steps: 1}\n")
+    with pytest.raises(ConfigError, match="did you mean 'queries'"):
+        load_recipe(recipe)
+
+
+def test_the_recipe_takes_two_real_steps_of_each_phase_at_the_size_of_a_test(root: Path, tmp_path: Path) -> None:
+    for name in ("data", "tokenize", "text_tokenizer", "image_tokenizer", "pretrain", "pipelines"):
+        (tmp_path / name).symlink_to(root / name)
+    overrides = [f"renderer.pipeline={root / 'pipelines' / 'sd'}", "renderer.width=8", "renderer.heads=2"]
+    overrides += ["documents_per_batch=2", "frozen_loop.steps=2", "joint_loop.steps=2"]
+    overrides += [f"{phase}_loop.{key}" for phase in ("frozen", "joint") for key in ("device=cpu", "log_every=1")]
+    config = load_recipe(find_recipe("base/minigpt5/vokens.yaml"), overrides, root=tmp_path)
+    assert isinstance(config, PromptVokensConfig)
+    assert (config.renderer.queries, config.denoise_weight, config.align_weight, config.text_weight) == (
+        77,
+        1.0,
+        0.1,
+        0.01,
+    )
+    result = main(config)
+    assert np.isfinite(result.metrics["loss"]) and {path.name for path in result.outputs} == {"model", "decoder"}
