@@ -43,7 +43,7 @@ class Cider:
         self._holders: Counter[_Gram] = Counter()
         count = 0
         for references in reference_sets:
-            self._holders.update({gram for text in references for n in range(MAX_N) for gram in _grams(text, n + 1)})
+            self._holders.update({gram for text in references for grams in _grams(text) for gram in grams})
             count += 1
         self._log_count = math.log(max(1, count))
 
@@ -57,9 +57,9 @@ class Cider:
         weights = tuple(
             {
                 gram: times * (self._log_count - math.log(max(1, self._holders[gram])))
-                for gram, times in Counter(_grams(text, n + 1)).items()
+                for gram, times in Counter(grams).items()
             }
-            for n in range(MAX_N)
+            for grams in _grams(text)
         )
         norms = tuple(math.sqrt(sum(value * value for value in grams.values())) for grams in weights)
         return _Vector(weights, norms, len(words_of(text)))
@@ -76,6 +76,7 @@ def _similarity(candidate: _Vector, reference: _Vector) -> float:
     return damping * total / MAX_N
 
 
-def _grams(text: str, n: int) -> list[_Gram]:
+def _grams(text: str) -> list[list[_Gram]]:
+    """The n-grams of a text, by n."""
     words = words_of(text)
-    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+    return [[tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for n in range(1, MAX_N + 1)]

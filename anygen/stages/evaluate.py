@@ -11,9 +11,6 @@ from anygen.errors import DataError
 from anygen.evaluation.suite.evaluate import DEFAULT_LIMIT, evaluate_bundle, part_names, row_list
 from anygen.stages.base import StageConfig, StageResult
 
-_NO_METRICS = ("seconds per sample",)
-"""Differ from run to run: they are in the report only."""
-
 
 class EvaluateConfig(StageConfig):
     """Recipe of the stage."""
@@ -41,8 +38,8 @@ def main(config: EvaluateConfig) -> StageResult:
     out = config.folder / "report"
     model = AnyGen.from_pretrained(bundles[0])
     report = evaluate_bundle(model, out, limit=config.limit, directions=config.directions, seed=config.seed)
-    metrics: dict[str, float] = {}
+    metrics: dict[tuple[str, str], tuple[str, float]] = {}
     for row in row_list(report):
-        if row.figure.name not in _NO_METRICS:
-            metrics.setdefault(f"{row.direction}, {row.figure.group}: {row.figure.name}", row.figure.value)
-    return StageResult(config.folder, (out,), metrics)
+        metrics.setdefault((row.direction, row.figure.group), (row.figure.name, row.figure.value))
+    named = {f"{direction}, {group}: {name}": value for (direction, group), (name, value) in metrics.items()}
+    return StageResult(config.folder, (out,), named)

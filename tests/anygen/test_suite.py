@@ -156,6 +156,8 @@ def test_a_report_is_whole_and_its_page_holds_its_media(report_folder: Path) -> 
     page.feed((report_folder / "index.html").read_text())
     assert "script" not in page.tags and {"img", "audio", "table"} <= set(page.tags)
     assert all(source.startswith("data:") for source in page.sources)
+    glance = (report_folder / "index.html").read_text().partition("At a glance")[2].partition("</table>")[0]
+    assert [f'<a href="#part-{n}">' in glance for n in range(1, len(FEW) + 2)] == [True] * len(FEW) + [False]
     assert len(lines_of(report)) == len(rows) + len(report["skipped"])
     assert not list(report_folder.parent.glob(".*"))
 
