@@ -69,7 +69,7 @@ def build_gallery(model: AnyGen, out: Path, exhibits: Sequence[Exhibit]) -> Path
     Raises:
         InputError: `out` holds something that is not a gallery.
     """
-    out = out.resolve()
+    given, out = out, out.resolve()
     if out.exists() and not (out / "gallery.json").is_file() and (out.is_file() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a gallery: choose a new folder")
     answers = _generate(model, exhibits)
@@ -84,7 +84,7 @@ def build_gallery(model: AnyGen, out: Path, exhibits: Sequence[Exhibit]) -> Path
         (folder / "gallery.json").write_text(
             json.dumps([dataclasses.asdict(card) for card in cards], indent=1), encoding="utf-8"
         )
-    return out / PAGE
+    return given / PAGE
 
 
 def render(cards: Sequence[Card], *, name: str) -> str:

@@ -87,6 +87,13 @@ def test_hostile_captions_stay_text() -> None:
     assert "&lt;script&gt;" in page and "49" not in page
 
 
+def test_the_page_is_named_as_the_folder_was(model: AnyGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`anygen run recipes/smoke` works in a folder relative to where it is called."""
+    monkeypatch.chdir(tmp_path)
+    page = build_gallery(model, Path("g"), load_exhibits()[:1])
+    assert page == Path("g") / "index.html" and (tmp_path / page).is_file()
+
+
 def test_two_galleries_of_one_model_are_equal(model: AnyGen, tmp_path: Path) -> None:
     one, two = (build_gallery(model, tmp_path / name, load_exhibits()) for name in ("a", "b"))
     for path in one.parent.rglob("*"):
