@@ -61,6 +61,8 @@ class Resolution:
 
     kernel: Kernel | None
     refused: Mapping[str, str]
+    unusable: tuple[str, ...] = ()
+    """Those of the refused that are installed: that they are passed over is worth a warning."""
 
     def __str__(self) -> str:
         chosen = self.kernel.name if self.kernel else "torch SDPA"
@@ -83,14 +85,18 @@ def fits(dtype: torch.dtype, width: int) -> bool:
 
 @lru_cache(maxsize=1)
 def resolve() -> Resolution:
-    """The kernel of this process, on the current CUDA device; says once which it is, and warns where there is none."""
+    """The kernel of this process, on the current CUDA device; says once which it is.
+
+    It warns where there is none, or where a package that is installed was passed over.
+    """
     if not torch.cuda.is_available():
         return Resolution(None, {"kernels": "there is no CUDA device"})
     resolution = choose(candidates(), torch.device("cuda"))
     if resolution.kernel is None:
         logger.warning("attention runs on %s: the same results, more slowly", resolution)
     else:
-        logger.info("attention runs on %s", resolution)
+        level = logging.WARNING if resolution.unusable else logging.INFO
+        logger.log(level, "attention runs on %s", resolution)
     return resolution
 
 
@@ -102,6 +108,7 @@ def candidates() -> dict[str, Callable[[], Kernel]]:
 def choose(openers: Mapping[str, Callable[[], Kernel]], device: torch.device) -> Resolution:
     """The first kernel that opens and computes what the reference computes."""
     refused: dict[str, str] = {}
+    unusable: tuple[str, ...] = ()
     for name, opener in openers.items():
         try:
             kernel = opener()
@@ -109,9 +116,15 @@ def choose(openers: Mapping[str, Callable[[], Kernel]], device: torch.device) ->
         # what a package built for another torch, CUDA or GPU raises
         except (ImportError, OSError, RuntimeError, AttributeError, TypeError, ValueError, AssertionError) as error:
             refused[name] = str(error).strip().split("\n")[0] or type(error).__name__
+            unusable += () if _is_absent(name, error) else (name,)
         else:
-            return Resolution(kernel, refused)
-    return Resolution(None, refused)
+            return Resolution(kernel, refused, unusable)
+    return Resolution(None, refused, unusable)
+
+
+def _is_absent(package: str, error: Exception) -> bool:
+    """True where the package itself is what is missing, and not something that it wants."""
+    return isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] == package
 
 
 def _require_equal(kernel: Kernel, device: torch.device) -> None:

@@ -94,25 +94,36 @@ def checkpoints(folder: Path) -> list[Path]:
 def restore(
     folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool = False
 ) -> Restored | None:
-    """Load the newest undamaged checkpoint; None where there is none. Every process of a run calls this.
+    """Load the newest undamaged checkpoint; None where there are no checkpoints. Every process of a run calls this.
 
     Raises:
-        CheckpointError: it is undamaged but does not fit this module or optimizer.
+        CheckpointError: it is undamaged but does not fit this module or optimizer; or all are damaged: the run does not
+        quietly begin anew.
     """
-    newest = processes.told(str(_newest(folder) or "") if processes.rank() == 0 else None)
-    return _load(Path(newest), module, optimizer, sharded=sharded) if newest else None
+    newest, damaged = processes.told(_newest(folder) if processes.rank() == 0 else None)
+    if newest:
+        return _load(Path(newest), module, optimizer, sharded=sharded)
+    if damaged:
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): bring one back from a copy, or remove "
+            "the folder to begin anew"
+        )
+    return None
 
 
-def _newest(folder: Path) -> Path | None:
+def _newest(folder: Path) -> tuple[str, list[str]]:
+    """The newest undamaged checkpoint, if any, and the names of the damaged ones after it."""
     remove_leftovers(folder)
+    damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
             verify(path)
         except CheckpointError as error:
             logger.warning("skipping a damaged checkpoint: %s", error)
-            continue
-        return path
-    return None
+            damaged.append(path.name)
+        else:
+            return str(path), damaged
+    return "", damaged
 
 
 def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool) -> Restored:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -181,7 +181,8 @@ class _Run:
         if validates or done % self._config.log_every == 0:
             self._values = self._meter.take() | {"lr": self.engine.optimizer.param_groups[-1]["lr"]}
             if validates:
-                self._values |= self._validate()
+                with self._meter.paused():
+                    self._values |= self._validate()
             if self._log:
                 self._values = self._monitors.update(step, self._values)
                 self._log.write(step, self._values)
@@ -197,9 +198,10 @@ class _Run:
         return {f"validation_{name}": value for name, value in figures.items()}
 
     def save(self, done: int) -> None:
-        states = processes.gathered(self._trainee.state())
-        extra = self._trainee.joined(states) if isinstance(self._trainee, Divided) else states[0]
-        self.engine.save(done, extra, self._average)
+        with self._meter.paused():
+            states = processes.gathered(self._trainee.state())
+            extra = self._trainee.joined(states) if isinstance(self._trainee, Divided) else states[0]
+            self.engine.save(done, extra, self._average)
 
     def finish(self) -> dict[str, float]:
         """The last figures; the module has the weights that are to be used."""
@@ -234,6 +236,13 @@ class _Meter:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
             self._counts[name] = self._counts.get(name, 0) + 1
         self._steps += 1
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside (validation, a save) is no part of a step's time."""
+        began = time.monotonic()
+        yield
+        self._since += time.monotonic() - began
 
     def take(self) -> dict[str, float]:
         sums = {name: float(total) for name, total in self._sums.items()}

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from anygen.errors import AnyGenError
 from anygen.files import read_json
 from anygen.model.causal import ModelConfig, create_model
 from anygen.model.loss import LossWeights, NextTokenLoss, TensorBatch
+from anygen.model.recompute import Recompute, recompute_activations
 from anygen.packing import collate
 from anygen.sequence import Sequence
 from anygen.training import processes
@@ -30,15 +32,17 @@ ROWS, ROW_LENGTH, STEPS = 4, 48, 6
 
 
 class Recorded(nn.Module):
-    """Notes every training loss to the last bit."""
+    """Notes every training loss to the last bit; the last process's may be NaN at a step."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, nan_at: int | None) -> None:
         super().__init__()
-        self.module, self.losses = module, []
+        self.module, self.losses, self.nan_at = module, [], nan_at
 
     def forward(self, batch: TensorBatch) -> Any:
         loss, report = self.module(batch)
         if self.training:
+            if len(self.losses) == self.nan_at and processes.rank() == processes.count() - 1:
+                loss = loss * float("nan")
             self.losses.append(loss.item())
         return loss, report
 
@@ -46,12 +50,21 @@ class Recorded(nn.Module):
 class Trainee:
     """A tiny Qwen3 on random packed rows; a process takes its share of the rows of every batch."""
 
-    def __init__(self, folder: Path, *, parts: int, stop_at: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        parts: int,
+        stop_at: int | None = None,
+        nan_at: int | None = None,
+        recompute: Recompute = "none",
+    ) -> None:
         self.vocabulary = Vocabulary.from_manifest(read_json(folder / "vocabulary.json"))
         config = ModelConfig(size="smoke", width=32, head_width=16, mlp_width=48, max_positions=64)
         self.model = create_model(config, self.vocabulary, seed=0)
         self.weights = LossWeights(self.vocabulary, {"text": 3.0}, inputs=0.2)
-        self.module: nn.Module = Recorded(NextTokenLoss(self.model, self.vocabulary, z_loss=1e-4))
+        recompute_activations(self.model, recompute)
+        self.module: nn.Module = Recorded(NextTokenLoss(self.model, self.vocabulary, z_loss=1e-4), nan_at=nan_at)
         self.parts, self.position, self.stop_at = parts, 0, stop_at
 
     def row(self, number: int) -> list[Sequence]:
@@ -94,17 +107,28 @@ class Trainee:
             layer.compile(backend="eager")
 
 
-def run(folder: Path, name: str, *, stop_at: int | None = None, parts: int = 1, **changes: Any) -> None:
+def run(
+    folder: Path,
+    name: str,
+    *,
+    stop_at: int | None = None,
+    nan_at: int | None = None,
+    parts: int = 1,
+    recompute: Recompute = "none",
+    **changes: Any,
+) -> None:
     """Train in `folder/name`, or go on there; writes losses, figures and whole weights of this part beside it."""
-    trainee = Trainee(folder, parts=parts, stop_at=stop_at)
+    trainee = Trainee(folder, parts=parts, stop_at=stop_at, nan_at=nan_at, recompute=recompute)
     values: dict[str, Any] = {"steps": STEPS, "precision": "fp32", "device": "cpu", "log_every": 2, "save_every": 50}
-    optimizer = OptimizerConfig(lr=1e-2, warmup_steps=0)
+    optimizer = OptimizerConfig(**{"lr": 1e-2, "warmup_steps": 0, **changes.pop("optimizer", {})})
     config = LoopConfig(**{**values, "optimizer": optimizer, "accumulate": parts, **changes})
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     try:
         figures = train(trainee, config, folder / name, title="toy")
     except Interrupted as stopped:
         figures = {"exit_code": float(stopped.exit_code)}
+    except AnyGenError as error:
+        figures = {"error": f"{type(error).__name__}: {error}"}
     weights = whole_state(trainee.module)
     prefix = f"{name}-{processes.rank()}-of-{processes.count()}"
     facts = {"losses": trainee.module.losses, "figures": figures, "position": trainee.position}  # type: ignore[union-attr]
@@ -117,13 +141,19 @@ def main(folder: Path) -> None:
     """Every scenario, one after the other, in this process group."""
     run(folder, "replicated")
     run(folder, "replicated-compiled", compile=True, steps=2)
+    run(folder, "replicated-muon", optimizer={"kind": "muon"})
+    run(folder, "replicated-nan", nan_at=2)
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     run(folder, "sharded", ema_decay=0.5)
     run(folder, "sharded-bf16", precision="bf16", steps=2)
     run(folder, "sharded-accumulated", parts=2)
+    run(folder, "sharded-compiled", compile=True, recompute="selective", steps=2)
+    run(folder, "sharded-muon", optimizer={"kind": "muon"})
+    run(folder, "sharded-nan", nan_at=2)
     for name in ("resumed", "resharded"):
         run(folder, name, stop_at=2, ema_decay=0.5)
     run(folder, "resumed", ema_decay=0.5)
+    run(folder, "grown", ema_decay=0.5)  # begun by one
     processes.leave()
 
 

@@ -77,16 +77,27 @@ def test_kernels_are_tried_in_order(packages: Callable[..., None]) -> None:
     packages(xformers=fake_fmha())
     second = choose(candidates(), CPU)
     assert second.kernel is not None and second.kernel.name == "xformers 9.9" and list(second.refused) == ["mslk"]
+    assert second.unusable == (), "what is not installed is no fault"
     packages()
     none = choose(candidates(), CPU)  # torch has its kernel for CUDA only
-    assert none.kernel is None and list(none.refused) == ["mslk", "xformers", "torch"]
+    assert none.kernel is None and list(none.refused) == ["mslk", "xformers", "torch"] and none.unusable == ("torch",)
 
 
 def test_a_kernel_that_computes_something_else_is_refused(packages: Callable[..., None]) -> None:
     packages(mslk=fake_fmha(causal=False), xformers=fake_fmha())
     resolution = choose(candidates(), CPU)
     assert resolution.kernel is not None and resolution.kernel.name == "xformers 9.9"
-    assert "differs from the reference" in resolution.refused["mslk"]
+    assert "differs from the reference" in resolution.refused["mslk"] and resolution.unusable == ("mslk",)
+
+
+def test_a_package_that_lacks_another_is_unusable_and_not_absent() -> None:
+    """As xformers is after its attention moved to mslk, where that is not installed."""
+
+    def opener() -> Any:
+        raise ModuleNotFoundError("No module named 'mslk'", name="mslk")
+
+    resolution = choose({"mslk": opener, "xformers": opener, "right": Reference}, CPU)
+    assert list(resolution.refused) == ["mslk", "xformers"] and resolution.unusable == ("xformers",)
 
 
 @pytest.mark.parametrize("wrong", ["forward", "backward", "shape", "nan"])
@@ -120,18 +131,18 @@ def test_rounding_of_a_real_kernel_is_accepted() -> None:
     assert choose({"rounded": Rounded}, CPU).kernel is not None
 
 
-@pytest.mark.parametrize("kernel", [None, Reference()])
-def test_the_choice_is_said_once(
-    kernel: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("kernel", "unusable"), [(None, ()), (Reference(), ()), (Reference(), ("mslk",))])
+def test_the_choice_is_said_once_and_a_fallback_is_a_warning(
+    kernel: Any, unusable: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(attention_kernels, "choose", lambda *_: Resolution(kernel, {"mslk": "not installed"}))
+    monkeypatch.setattr(attention_kernels, "choose", lambda *_: Resolution(kernel, {"mslk": "not installed"}, unusable))
     resolve.cache_clear()
     with caplog.at_level(logging.INFO, logger="anygen"):
         assert resolve() is resolve() and resolve().kernel is kernel
     resolve.cache_clear()
     (record,) = caplog.records
-    assert record.levelno == (logging.INFO if kernel else logging.WARNING)
+    assert record.levelno == (logging.INFO if kernel and not unusable else logging.WARNING)
     assert ("plain torch" if kernel else "torch SDPA") in record.message and "mslk: not installed" in record.message
 
 

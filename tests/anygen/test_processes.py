@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_processes import STEPS, run
+from several_processes import STEPS, Trainee, run
 
 from anygen.errors import CheckpointError, ConfigError
 from anygen.files import write_json
 from anygen.training import checkpoint, sharding
 from anygen.training.loop import CHECKPOINTS, LoopConfig, train
+from anygen.training.schedule import OptimizerConfig, make_optimizer
 from anygen.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,16 +29,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, vocabulary: Vocabulary) -> 
     """Every scenario, run in two processes and then alone."""
     folder = tmp_path_factory.mktemp("processes")
     write_json(folder / "vocabulary.json", vocabulary.manifest())
+    run(folder, "grown", ema_decay=0.5, stop_at=2)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = subprocess.run(
         [sys.executable, *command, str(Path(__file__).with_name("several_processes.py")), str(folder)],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert worker.returncode == 0, worker.stderr[-4000:]
     run(folder, "alone")
     run(folder, "alone-averaged", ema_decay=0.5)
     run(folder, "alone-accumulated", parts=4)
+    run(folder, "alone-muon", optimizer={"kind": "muon"})
+    run(folder, "alone-stopped", stop_at=1)
     run(folder, "resharded", ema_decay=0.5)  # begun by two
     return folder
 
@@ -72,7 +76,25 @@ def test_losses_of_two_processes_are_those_of_one(folder: Path) -> None:
         torch.testing.assert_close(losses(folder, name, 2), alone, rtol=1e-6, atol=0)
         assert not torch.equal(*(torch.tensor(facts(folder, name, r, 2)["losses"]) for r in range(2))), "parts differ"
     torch.testing.assert_close(losses(folder, "replicated-compiled", 2)[:1], alone[:1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(losses(folder, "sharded-compiled", 2), alone[:2], rtol=1e-6, atol=0)
     torch.testing.assert_close(losses(folder, "sharded-bf16", 2), alone[:2], rtol=2e-2, atol=0)
+
+
+def test_muon_in_two_processes_is_muon_in_one_and_is_refused_where_matrices_are_sliced(folder: Path) -> None:
+    alone = losses(folder, "alone-muon")
+    torch.testing.assert_close(losses(folder, "replicated-muon", 2), alone, rtol=2e-4, atol=0)  # bf16 inside
+    assert not torch.allclose(alone, losses(folder, "alone"), rtol=2e-3), "another optimizer"
+    for rank in range(2):
+        figures = facts(folder, "sharded-muon", rank, 2)["figures"]
+        assert figures == {"error": "ConfigError: optimizer.kind: muon needs whole matrices; with FSDP use adamw"}
+
+
+@pytest.mark.parametrize("name", ["replicated-nan", "sharded-nan"])
+def test_a_nan_in_one_process_stops_all_before_the_update(folder: Path, name: str) -> None:
+    for rank in range(2):
+        figures = facts(folder, name, rank, 2)["figures"]
+        assert figures["error"].startswith("TrainingError: step 2: loss") and "before the update" in figures["error"]
+    assert_equal(weights(folder, name, 2), weights(folder, "alone-stopped"))
 
 
 def test_parts_of_a_step_add_up_to_one_large_batch(folder: Path) -> None:
@@ -108,6 +130,23 @@ def test_sharded_checkpoints_go_on_in_one_process(folder: Path) -> None:
     assert_equal(weights(folder, "resharded"), weights(folder, "alone-averaged"))
 
 
+def test_a_sharded_checkpoint_opens_whole_with_the_same_bits(folder: Path) -> None:
+    """The last checkpoint holds what the run ended with; without a mean the two are the same weights."""
+    path = checkpoint.checkpoints(folder / "sharded-accumulated" / CHECKPOINTS)[-1]
+    module = Trainee(folder, parts=1).module
+    optimizer = make_optimizer(module, OptimizerConfig())
+    restored = checkpoint.restore(path.parent, module, optimizer)
+    assert restored is not None and restored.step == STEPS
+    assert_equal(dict(module.named_parameters()), weights(folder, "sharded-accumulated", 2), exact=True)
+    assert len(optimizer.state) == len(list(module.parameters()))
+
+
+def test_what_one_process_saved_goes_on_sharded(folder: Path) -> None:
+    assert facts(folder, "grown")["figures"] == {"exit_code": 143.0}
+    assert len(facts(folder, "grown", 1, 2)["losses"]) == STEPS - 3, "it went on, not began anew"
+    assert_equal(weights(folder, "grown", 2), weights(folder, "alone-averaged"))
+
+
 def test_sharded_checkpoints_are_safetensors_and_json_and_hold_every_tensor_once(folder: Path) -> None:
     path = checkpoint.checkpoints(folder / "sharded" / CHECKPOINTS)[-1]
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}
@@ -128,7 +167,8 @@ def test_a_damaged_shard_is_found(folder: Path, shard: int) -> None:
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     try:
-        assert checkpoint.restore(folder, torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)])) is None
+        with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+            checkpoint.restore(folder, torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]))
     finally:
         file.write_bytes(data)
 

@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from anygen.model import attention
 from anygen.model.attention import Segments
+from anygen.model.attention_reference import Reference
 from anygen.model.causal import ModelConfig, create_model
 from anygen.model.recompute import Recompute, recompute_activations
 from anygen.vocabulary import Vocabulary
 
 LENGTHS = (37, 1, 58)
+NUM_LAYERS = 2
 
 
-def backward(vocabulary: Vocabulary, what: Recompute) -> tuple[list[Tensor], int, int]:
+def backward(vocabulary: Vocabulary, what: Recompute, *, compiled: bool = False) -> tuple[list[Tensor], int, int]:
     """Gradients, bytes kept for the backward pass, FLOPs."""
-    config = ModelConfig(size="smoke", width=32, head_width=16, mlp_width=48, max_positions=64)
+    config = ModelConfig(size="smoke", num_layers=NUM_LAYERS, width=32, head_width=16, mlp_width=48, max_positions=64)
     model: Any = create_model(config, vocabulary, seed=0).train()
     recompute_activations(model, what)
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(backend="aot_eager")
     ids_T = torch.arange(sum(LENGTHS)) % vocabulary.size
     positions_T = torch.cat([torch.arange(length) for length in LENGTHS])
     kept: dict[int, int] = {}
@@ -51,3 +57,27 @@ def test_gradients_are_the_same_and_less_is_kept(vocabulary: Vocabulary, what: R
         assert flops_now == flops, "no matrix product is done twice"
     else:
         assert 1.25 * flops < flops_now < 1.4 * flops, "one forward pass of three is done again"
+
+
+@pytest.mark.parametrize(("what", "times"), [("selective", 1), ("full", 2)])
+def test_compiled_layers_keep_what_is_dear_too(
+    vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch, what: Recompute, times: int
+) -> None:
+    """In the compiled graph, which holds forward and backward, attention is computed as often as it should be."""
+    calls = 0
+    real = Reference.forward
+
+    def counted(self: Reference, *given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return real(self, *given)
+
+    monkeypatch.setattr(Reference, "forward", counted)
+    monkeypatch.setattr(attention, "has_kernel", torch.compiler.assume_constant_result(lambda *_: True))
+    torch._dynamo.reset()
+    plain, _, _ = backward(vocabulary, "none")
+    assert calls == NUM_LAYERS
+    found, _, _ = backward(vocabulary, what, compiled=True)
+    assert calls == NUM_LAYERS + times * NUM_LAYERS
+    for left, right in zip(plain, found, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -119,6 +120,34 @@ def test_resumed_equals_never_stopped_bit_for_bit(
         assert rows[0] == rows[1], "every step stands once in the metrics, with the same figures"
 
 
+def test_a_steps_time_is_without_validation_and_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    class Slow(ToyTrainee):
+        def next_batch(self) -> torch.Tensor:
+            nonlocal clock
+            clock += 1
+            return super().next_batch()
+
+        def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
+            nonlocal clock
+            clock += 100
+            return super().validate(module, device)
+
+    real = checkpoint.save
+
+    def slow_save(*args: Any, **options: Any) -> Path:
+        nonlocal clock
+        clock += 1000
+        return real(*args, **options)
+
+    monkeypatch.setattr("anygen.training.loop.time.monotonic", lambda: clock)
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    train(Slow(), config_of(steps=9, log_every=3, validate_every=2, save_every=4), tmp_path, title="toy")
+    assert clock == 9 + 5 * 100 + 3 * 1000
+    assert {row["step_s"] for row in read_metrics(tmp_path / METRICS_FILE)} == {1.0}
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     first, second = ToyTrainee(), ToyTrainee()
     train(first, config_of(), tmp_path, title="toy")
@@ -189,6 +218,20 @@ def test_a_nan_stops_before_the_update(tmp_path: Path) -> None:
         train(broken, config_of(optimizer=OptimizerConfig(decay="none")), tmp_path / "broken", title="toy")
     assert torch.equal(clean.module.linear.weight, broken.module.linear.weight)  # type: ignore[union-attr]
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "broken" / CHECKPOINTS)] == ["step-00000004"]
+
+
+def test_a_gradient_that_is_none_behind_a_finite_loss_stops_before_the_update(tmp_path: Path) -> None:
+    class Steep(Toy):
+        def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            loss, report = super().forward(batch)
+            return loss + (self.linear.weight * 0).sum().sqrt(), report  # 0, and its gradient 0 / 0
+
+    trainee = ToyTrainee()
+    trainee.module = Steep()
+    before = trainee.module.linear.weight.detach().clone()
+    with pytest.raises(TrainingError, match=r"step 0: loss \d.*gradient norm nan.*stopped before the update"):
+        train(trainee, config_of(), tmp_path, title="toy")
+    assert torch.equal(trainee.module.linear.weight, before)
 
 
 def test_the_global_random_state_is_left_alone(tmp_path: Path) -> None:
@@ -324,6 +367,46 @@ def test_bit_rot_is_found_and_the_checkpoint_before_is_taken(tmp_path: Path) -> 
         assert restored is not None and restored.step == 1
         path.write_bytes(whole)
     assert is_published(newest)
+
+
+def test_where_every_checkpoint_is_damaged_a_run_does_not_begin_anew(tmp_path: Path) -> None:
+    train(ToyTrainee(), config_of(steps=8), tmp_path, title="toy")
+    history = (tmp_path / METRICS_FILE).read_bytes()
+    found = checkpoint.checkpoints(tmp_path / CHECKPOINTS)
+    assert [path.name for path in found] == ["step-00000004", "step-00000008"]
+    for path in found:
+        (path / "state.json").write_bytes((path / "state.json").read_bytes() + b" ")
+    trainee = ToyTrainee()
+    with pytest.raises(CheckpointError, match=r"every checkpoint in .*damaged \(step-00000008, step-00000004\)"):
+        train(trainee, config_of(steps=8), tmp_path, title="toy")
+    assert trainee.seen == [] and (tmp_path / METRICS_FILE).read_bytes() == history
+    shutil.rmtree(tmp_path / CHECKPOINTS)
+    train(trainee, config_of(steps=8), tmp_path, title="toy")
+    assert trainee.seen[0] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1}, {"step": 1.0}, {"step": "2"}, {"step": True}, {"step": None}, {"extra": []}, {"extra": None},
+        {"step": ...}, {"extra": ...},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_state_that_was_altered_and_signed_again_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    saved(tmp_path)
+    newest = tmp_path / "step-00000002"
+    state = json.loads((newest / "state.json").read_text()) | change
+    (newest / "state.json").write_text(json.dumps({k: v for k, v in state.items() if v is not ...}))
+    with publishing(tmp_path / "signed") as folder:
+        for name in ("state.json", "state.safetensors"):
+            shutil.copy(newest / name, folder)
+    shutil.rmtree(newest)
+    (tmp_path / "signed").rename(newest)
+    verify(newest)
+    module = Toy()
+    with pytest.raises(CheckpointError, match=r"was altered|does not fit this run"):
+        checkpoint.restore(tmp_path, module, make_optimizer(module, OptimizerConfig()))
 
 
 def test_every_syscall_of_a_save_may_fail_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
