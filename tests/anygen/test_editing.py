@@ -177,12 +177,14 @@ def test_pixels_and_samples_outside_can_stay_as_they_were(model: AnyGen) -> None
 
 @pytest.mark.parametrize("keep_original", [False, True])
 def test_a_streamed_edit_is_its_chunks(model: AnyGen, keep_original: bool) -> None:
-    call: dict[str, Any] = {"audio": SOUND, "span": (0.06, 0.1), "keep_original": keep_original}
+    sound = (np.sin(np.arange(7250) / 5).astype(np.float32), 8000)
+    call: dict[str, Any] = {"audio": sound, "span": (0.5, 0.7), "keep_original": keep_original}
     events = list(model.stream(**call))
     finished = events[-1]
     assert isinstance(finished, Finished)
     chunks = [event.audio.samples_T for event in events if isinstance(event, SoundChunk)]
-    assert np.array_equal(np.concatenate(chunks), finished.output.audio.samples_T)
+    assert len(chunks) > 2 and np.array_equal(np.concatenate(chunks), finished.output.audio.samples_T)
+    assert np.array_equal(finished.output.audio.samples_T[6000:], sound[0][6000:]) == keep_original
     assert np.allclose(finished.output.audio.samples_T, model.generate(**call).audio.samples_T, atol=1e-5)
 
 
