@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from anygen.data.pictures import NamedPictures
@@ -32,7 +33,8 @@ from anygen.stages.decoder import encoder_of
 from anygen.stages.pretrain import load_pretrained, open_tokenizers
 from anygen.stages.voken_losses import VokenBatch, VokenLoss, VokenRows, VokenWeights
 from anygen.stages.voken_phases import VokenData, VokenTraining
-from anygen.stages.vokens import VokensConfig, open_stream
+from anygen.stages.vokens import VokensConfig, open_stream, start_decoder
+from anygen.training.checkpoint import checkpoints
 from anygen.training.loop import train
 from decoders.carried import open_renderer
 from decoders.drivers import VokenMapper
@@ -76,10 +78,18 @@ def measure(losses: VokenLoss, draw: Any, data: VokenData, encode: Any, batches:
     return joined([own for own, _ in found]), joined([other for _, other in found])
 
 
+def load_step(losses: VokenLoss, folder: Path, step: int) -> None:
+    """The weights that a training had at a step whose checkpoint is there."""
+    found = next(path for path in checkpoints(folder / "checkpoints") if int(path.name.split("-")[1]) == step)
+    tensors = load_file(found / "state.safetensors")
+    named = {name.removeprefix("module."): t for name, t in tensors.items() if name.startswith("module.")}
+    missing, unexpected = losses.load_state_dict(named, strict=False)
+    assert not unexpected and set(missing) <= {"text.model.lm_head.weight"}, (missing, unexpected)
+    losses.eval()
+
+
 def joined(parts: list[Drawn]) -> Drawn:
     """Figures of several batches as one."""
-    import numpy as np
-
     return Drawn(np.concatenate([part.agreement_B for part in parts]), np.concatenate([part.psnr_B for part in parts]))
 
 
@@ -101,7 +111,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--batches", type=int, default=8, help="of 32 pictures")
-    parser.add_argument("--train-only", action="store_true")
+    parser.add_argument("--at", type=int, help="compare the checkpoints of this step; without it, train to the end")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     run = arguments.run
@@ -138,16 +148,14 @@ def main() -> None:
     caption = losses(CaptionLoss, baseline, VokenRows(model, vocabulary))
     caption.vocabulary = vocabulary
     trainee = VokenTraining(caption, data("train"), data("validation"), encode)
-    began = time.monotonic()
-    train(trainee, config.frozen_loop, arguments.out / "caption", title="caption baseline")
-    print(f"baseline: {time.monotonic() - began:.0f} s")
-    if arguments.train_only:
-        return
+    if not arguments.at:
+        train(trainee, config.frozen_loop, arguments.out / "caption", title="caption baseline")
 
-    model, _, _ = load_pretrained(run / "vokens" / "model")
-    model.set_attn_implementation(attention.register())
-    decoder = open_renderer(run / "vokens" / "decoder", device=torch.device("cpu"))
+    at = arguments.at or config.frozen_loop.steps
+    decoder = start_decoder(config, model.config.hidden_size, vocabulary)
     vokens = losses(VokenLoss, decoder, VokenRows(model, vocabulary))
+    load_step(vokens, run / "vokens" / "frozen", at)
+    load_step(caption, arguments.out / "caption", at)
     held_out = data("test")
     result: dict[str, Any] = {
         "pictures": arguments.batches * config.documents_per_batch,
