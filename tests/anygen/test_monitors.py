@@ -17,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from anygen.errors import MissingDependency
 from anygen.model.causal import ModelConfig, create_model, qwen3_config
 from anygen.model.cost import TrainingCost
-from anygen.training.metrics import MetricsLog, read_metrics
+from anygen.training.loop import LoopConfig, train
+from anygen.training.metrics import METRICS_FILE, MetricsLog, read_metrics
 from anygen.training.monitors import Monitors
+from anygen.training.schedule import OptimizerConfig
 from anygen.training.trackers import NAME_FILE, Trackers
 from anygen.vocabulary import Vocabulary
 
@@ -157,3 +159,65 @@ def test_the_name_of_a_tracked_run_stays(tmp_path: Path, monkeypatch: pytest.Mon
     assert calls[0] == calls[1] and calls[0]["id"].startswith("nano-pretrain-")
     assert calls[0]["config"] == {"optimizer.lr": 0.1}
     assert json.loads((folder / NAME_FILE).read_text())["run"] == calls[0]["id"]
+
+
+class Growing(torch.nn.Module):
+    """Reports what a language model does; its output norm doubles with every step after the fifth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.steps = torch.nn.Linear(2, 1), 0
+
+    def forward(self, batch: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self.steps += 1
+        loss = self.linear(batch).square().mean()
+        facts = {"flops": 6e6, "tokens": 100.0, "utilisation": 0.98, "hidden_norm": 2.0 ** max(0, self.steps - 5)}
+        return loss, {name: torch.tensor(value) for name, value in facts.items()}
+
+
+class GrowingTrainee:
+    def __init__(self) -> None:
+        self.module: torch.nn.Module = Growing()
+
+    def next_batch(self) -> torch.Tensor:
+        return torch.ones(3, 2)
+
+    def to_device(self, batch: torch.Tensor, device: torch.device) -> torch.Tensor:
+        return batch.to(device)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+    def validate(self, module: torch.nn.Module, device: torch.device) -> dict[str, float]:
+        return {"loss": 0.5}
+
+    def compile(self) -> None: ...
+
+
+def test_a_training_tells_its_health_in_the_log_and_to_its_trackers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    optimizer = OptimizerConfig(warmup_steps=0)
+    config = LoopConfig(
+        steps=12, log_every=1, save_every=100, device="cpu", precision="fp32", optimizer=optimizer,
+        peak_tflops=1e-6, trackers=("tensorboard",),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, logger="anygen"):
+        train(GrowingTrainee(), config, tmp_path, title="toy")
+    rows = read_metrics(tmp_path / METRICS_FILE)
+    assert len(rows) == 12 and rows[-1]["validation_loss"] == 0.5
+    for row in rows:
+        assert row["mfu"] == pytest.approx(6e6 / 100 * row["tokens_per_s"] / 1e6, rel=1e-3)
+        assert row["utilisation"] == 0.98 and row["grad_norm"] > 0 and row["tokens_per_s"] > 0
+    alarms = [row.get("norm_alarms", 0) for row in rows]
+    assert alarms[4] == 0 and alarms[-1] >= 3 and caplog.text.count("the output norm is") == alarms[-1]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    for name in ("loss", "mfu", "tokens_per_s", "norm_growth"):
+        told = {event.step: event.value for event in events.Scalars(name)}
+        assert told == pytest.approx({row["step"]: row[name] for row in rows if name in row}, rel=1e-4), name
