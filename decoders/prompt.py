@@ -37,6 +37,7 @@ from decoders.prompt_ports import (
     text_at_ports,
 )
 from tokenizers_mm.errors import CheckpointError, InputError
+from tokenizers_mm.weights import UNREADABLE
 
 if TYPE_CHECKING:
     from decoders.drivers import VokenMapper
@@ -73,6 +74,7 @@ class PromptDecoder:
                 )
         self.mappers = nn.ModuleDict(mappers)
         """By port; all that is trained."""
+        self._by_port = mappers
         self.pipeline = pipeline
         for component in pipeline.components.values():
             if isinstance(component, nn.Module):
@@ -142,8 +144,7 @@ class PromptDecoder:
 
     def null(self, batch: int) -> dict[str, Tensor]:
         """What stands for the empty prompt, by port."""
-        mappers: dict[str, Any] = dict(self.mappers.items())
-        return {name: _shaped(name, mapper.null(batch)) for name, mapper in mappers.items()}
+        return {name: _shaped(name, mapper.null(batch)) for name, mapper in self._by_port.items()}
 
     # -- drawing
 
@@ -213,12 +214,11 @@ class PromptDecoder:
         """
         dropped = [False] * len(captions) if drop_B is None else drop_B.tolist()
         captions = ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
-        mappers: dict[str, Any] = dict(self.mappers.items())
-        counts = {name: int(mapper.config.patches) for name, mapper in mappers.items()}
+        counts = {name: int(mapper.config.patches) for name, mapper in self._by_port.items()}
         targets = text_at_ports(self.pipeline, captions, counts)
         losses = [
             F.mse_loss(mapper(states_BND, drop_B).float(), targets[name].to(states_BND.device, torch.float32))
-            for name, mapper in mappers.items()
+            for name, mapper in self._by_port.items()
         ]
         return torch.stack(losses).mean()
 
@@ -282,8 +282,14 @@ class PromptDecoder:
         if pipeline is None and not base:
             raise CheckpointError(f"{folder} does not say which pipeline it drives: pass one as `pipeline`")
         if pipeline is None or isinstance(pipeline, (str, Path)):
-            pipeline = open_pipeline(pipeline or base, text=text)
-        mappers = {name: VokenMapper.from_pretrained(folder / name, use_safetensors=True) for name in ports}
+            try:
+                pipeline = open_pipeline(pipeline or base, text=text)
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}; {folder / INDEX_FILE} names it as `base`") from error
+        try:
+            mappers = {name: VokenMapper.from_pretrained(folder / name, use_safetensors=True) for name in ports}
+        except UNREADABLE as error:
+            raise CheckpointError(f"a mapper in {folder} cannot be read: {error}") from error
         try:
             return cls(mappers, pipeline)
         except InputError as error:

@@ -369,6 +369,15 @@ def test_what_does_not_fit_is_refused(decoders: dict[str, PromptDecoder], tmp_pa
     with pytest.raises(CheckpointError, match="was trained for a StableDiffusionPipeline"):
         PromptDecoder.from_pretrained(tmp_path / "d", decoders["sdxl"].pipeline)
     index = json.loads((tmp_path / "d" / "model_index.json").read_text())
+    (tmp_path / "d" / "model_index.json").write_text(json.dumps(index | {"base": str(tmp_path / "gone")}))
+    with pytest.raises(CheckpointError, match="names it as `base`"):
+        PromptDecoder.from_pretrained(tmp_path / "d")
+    weights = tmp_path / "d" / MAIN / "diffusion_pytorch_model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[: len(whole) // 2], None):
+        weights.unlink() if damaged is None else weights.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="a mapper in"):
+            PromptDecoder.from_pretrained(tmp_path / "d", decoders["sd"].pipeline)
     (tmp_path / "d" / "model_index.json").write_text(json.dumps(index | {"base": None}))
     with pytest.raises(CheckpointError, match="which pipeline"):
         PromptDecoder.from_pretrained(tmp_path / "d")
