@@ -20,6 +20,7 @@ from torch import Tensor
 from decoders.denoiser import FlowTransformer
 from decoders.drivers import CodeEmbedder, VokenMapper
 from decoders.flow import step_sigmas, velocity
+from decoders.sound import LatentScale
 from tokenizers_mm import compat  # noqa: F401  before diffusers
 from tokenizers_mm.errors import InputError
 
@@ -46,9 +47,10 @@ class FlowDecoder(DiffusionPipeline):  # type: ignore[misc]
         scheduler: `FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)` for few steps.
         codes: driver for codes.
         vokens: driver for hidden states at vokens.
+        scale: of the codec's latents, where the media are sounds.
     """
 
-    _optional_components = ["codes", "vokens"]
+    _optional_components = ["codes", "vokens", "scale"]
 
     def __init__(
         self,
@@ -56,9 +58,10 @@ class FlowDecoder(DiffusionPipeline):  # type: ignore[misc]
         scheduler: FlowMatchEulerDiscreteScheduler,
         codes: CodeEmbedder | None = None,
         vokens: VokenMapper | None = None,
+        scale: LatentScale | None = None,
     ) -> None:
         super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, codes=codes, vokens=vokens)
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, codes=codes, vokens=vokens, scale=scale)
 
     @property
     def num_patches(self) -> int:
@@ -99,13 +102,25 @@ class FlowDecoder(DiffusionPipeline):  # type: ignore[misc]
             guidance: extrapolation from the null to the condition; 1 is off.
             generator: one, or one a sample.
         """
+        condition, null = self.condition(codes=codes, vokens=vokens)
+        return DecoderOutput(self.draw(condition, null, steps=steps, guidance=guidance, generator=generator))
+
+    def draw(
+        self,
+        condition: Tensor,
+        null: Tensor | None = None,
+        *,
+        steps: int = 4,
+        guidance: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Data from a condition, B x C x H x W; gradients pass through every step. `null` is for guidance only."""
         from diffusers.utils.torch_utils import randn_tensor
 
-        condition, null = self.condition(codes=codes, vokens=vokens)
         config = self.denoiser.config
         shape = (len(condition), config.channels, *config.size)
-        x: Any = randn_tensor(shape, generator=generator, device=self.device, dtype=condition.dtype)
-        self.scheduler.set_timesteps(sigmas=step_sigmas(steps), device=self.device)
+        x: Any = randn_tensor(shape, generator=generator, device=condition.device, dtype=condition.dtype)
+        self.scheduler.set_timesteps(sigmas=step_sigmas(steps), device=condition.device)
         for timestep in self.scheduler.timesteps:
             t_B = (timestep / self.scheduler.config.num_train_timesteps).expand(len(x))
             denoised = self.denoiser(x, t_B, condition)
@@ -113,4 +128,4 @@ class FlowDecoder(DiffusionPipeline):  # type: ignore[misc]
                 other = self.denoiser(x, t_B, null)
                 denoised = other + guidance * (denoised - other)
             x = self.scheduler.step(velocity(denoised, x, t_B), timestep, x, generator=generator).prev_sample
-        return DecoderOutput(x)
+        return x
