@@ -1,6 +1,6 @@
 """Stage `decoder`: a flow decoder that draws pictures from their codes. No language model is in memory.
 
-checkpoints/ and metrics.jsonl as of every training; model/ is the result, a diffusers pipeline.
+flow/ and, where there is a second phase, finishing/ hold checkpoints and metrics; model/ is a diffusers pipeline.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from anygen.files import publishing
 from anygen.seeding import borrowed_randomness, seed_of
 from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records
 from anygen.stages.coded_shards import places_of
+from anygen.stages.finishing import FinishingConfig, FinishingLoss
 from anygen.stages.tokenize import coded_facts, open_media_tokenizers
 from anygen.training.loop import LoopConfig, train
 from decoders.flow import flow_loss
@@ -53,6 +54,8 @@ class DecoderConfig(StageConfig):
     code_noise: float = Field(0.05, ge=0, le=1)
     """Share of codes replaced by random ones: a language model's codes are not the tokenizer's."""
     loop: LoopConfig
+    finishing: FinishingConfig | None = None
+    """A second phase, through the steps of drawing; none where left out."""
 
     @property
     def on_cpu(self) -> bool:
@@ -122,7 +125,7 @@ class Rendering:
     def __init__(
         self,
         decoder: Any,
-        losses: RenderingLoss,
+        losses: nn.Module,
         splits: tuple[CodedPictures, CodedPictures],
         order: Shuffled,
         encode: Callable[[Tensor], Tensor],
@@ -156,7 +159,7 @@ class Rendering:
         drawn = self._decoder(codes=codes, generator=torch.Generator().manual_seed(0)).data_BCHW
         found = compare((drawn + 1) / 2, pixels, codes, self._encode)
         means = {"agreement": float(found.agreement_B.mean()), "psnr": float(found.psnr_B.mean())}
-        return {"flow": float(loss), **means}
+        return {"loss": float(loss), **means}
 
     def compile(self) -> None:
         """Compile the repeated blocks."""
@@ -170,11 +173,19 @@ def main(config: DecoderConfig) -> StageResult:
     if image is None:
         raise DataError(f"{config.root} has no picture tokenizer: run the stage image_tokenizer first")
     decoder = make_decoder(config, image)
-    losses = RenderingLoss(decoder, drop_share=config.drop_share, code_noise=config.code_noise)
     splits = CodedPictures.open(config, image, "train"), CodedPictures.open(config, image, "validation")
-    order = Shuffled(len(splits[0].items), config.batch_size, seed=seed_of(config.loop.seed, "decoder"))
-    trainee = Rendering(decoder, losses, splits, order, encoder_of(image))
-    metrics = train(trainee, config.loop, config.folder, title="decoder")
+
+    def phase(losses: nn.Module, loop: LoopConfig, batch_size: int, name: str) -> dict[str, float]:
+        order = Shuffled(len(splits[0].items), batch_size, seed=seed_of(loop.seed, name))
+        trainee = Rendering(decoder, losses, splits, order, encoder_of(image))
+        return train(trainee, loop, config.folder / name, title=f"decoder, {name}")
+
+    losses = RenderingLoss(decoder, drop_share=config.drop_share, code_noise=config.code_noise)
+    metrics = phase(losses, config.loop, config.batch_size, "flow")
+    if config.finishing is not None:
+        finishing = FinishingLoss(decoder, image, config.finishing, drop_share=config.drop_share)
+        more = phase(finishing, config.finishing.loop, config.finishing.batch_size, "finishing")
+        metrics |= {f"finished_{name}": value for name, value in more.items()}
     with publishing(config.folder / "model") as folder:
         decoder.to("cpu").save_pretrained(folder)
     return StageResult(config.folder, (config.folder / "model",), metrics)
