@@ -3,7 +3,7 @@
 Id i waits for a time drawn from Exp(p_i), and the first one wins: this draws from p (the Gumbel-max trick, arXiv
 1411.0030). The waits are the sample's own and belong to ids (`anygen.sampling.race`), so a sample does not depend on
 its batch: the last bits of the logits, which do, decide only where two ids arrive together. (An inverse of the
-cumulative distribution, three times as fast, adds up thousands of such bits; at high guidance 4 of 24 pictures changed
+cumulative distribution, four times as fast, adds up thousands of such bits; at high guidance 4 of 24 pictures changed
 with their batch.)
 
 Names, meaning and order of the options are those of transformers. Dimension key: B rows, A allowed ids.

@@ -35,7 +35,7 @@ from anygen.sampling.static_sampler import fits, sample_static
 from tokenizers_mm.codes import IntArray
 
 MAX_ROWS = 64
-"""Rows at once: beyond, a CPU gains nothing more a row."""
+"""Rows at once: a bound on the memory of the cache."""
 
 
 @dataclass

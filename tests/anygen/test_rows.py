@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -153,6 +154,30 @@ def test_greedy_ids_are_those_of_transformers_over_mixed_prompts(model: AnyGen) 
                 state.walk.push(id)
     finally:
         reference.set_attn_implementation(attention)
+
+
+def test_greedy_ids_of_a_thousand_prompts_are_those_of_generate(tiny_model: Any) -> None:
+    """Prompts of every length from 1 to 40, mixed in batches of ours, sorted by length for `generate`."""
+    reference = copy.deepcopy(tiny_model)
+    reference.set_attn_implementation("sdpa")
+    engine, random, num_new = Engine(tiny_model), np.random.default_rng(0), 8
+    size = len(engine.head_VD)
+    prompts = [random.integers(0, size, 1 + number % 40) for number in range(1000)]
+    expected: dict[int, list[int]] = {}
+    for length in range(1, 41):
+        of = [number for number in range(1000) if len(prompts[number]) == length]
+        ids = torch.from_numpy(np.stack([prompts[number] for number in of]))
+        out = reference.generate(ids, do_sample=False, max_new_tokens=num_new, eos_token_id=None, pad_token_id=0)
+        expected |= dict(zip(of, out[:, length:].tolist(), strict=True))
+    for first in range(0, 1000, 100):
+        batch = random.permutation(np.arange(first, first + 100))
+        cache = engine.new_cache(100, 64)
+        hidden = engine.prefill([prompts[number] for number in batch], cache)
+        ids_BN = []
+        for _ in range(num_new):
+            ids_BN.append(engine.logits(hidden, ((0, size),)).argmax(-1))
+            hidden = engine.step(ids_BN[-1], cache)
+        assert torch.stack(ids_BN, 1).tolist() == [expected[number] for number in batch]
 
 
 def test_one_generator_for_all_samples_gives_each_its_key(model: AnyGen) -> None:
