@@ -83,6 +83,19 @@ def test_the_truth_gets_full_marks_from_every_judge(bench: Bench) -> None:
     assert seen == set(perfect)
 
 
+def test_recordings_are_in_the_voice_of_their_group_and_a_repeat_is_in_another(bench: Bench) -> None:
+    parts = {part.name: part for part in suite.emoji_parts()}
+    for name, other in (("recordings", False), ("recordings through codes", False), ("audio>audio", True)):
+        for group, cases in parts[name].cases(bench).items():
+            voice = "rms" if group == "unheard voice" else bench.voices[0]
+            for case in cases:
+                assert np.array_equal(
+                    case.request.inputs[0].content.samples_T, bench.speak(case.said[0], voice).samples_T
+                )  # type: ignore[union-attr]
+                is_same = np.array_equal(case.truth["audio"].samples_T, bench.speak(case.said[0], voice).samples_T)  # type: ignore[union-attr]
+                assert is_same != other, (name, group)
+
+
 def test_wrong_answers_get_none(bench: Bench) -> None:
     for part in (*suite.emoji_parts(), *suite.scene_parts()):
         if "audio" in part.outputs or part.name in ("recordings", "text>text"):

@@ -7,6 +7,7 @@ training names, held-out names, and, where sound is given, training names in the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from anygen.data.speech import HELD_OUT_VOICE
@@ -46,9 +47,9 @@ def emoji_parts() -> list[Part]:
         Part(pictures, "The real pictures, encoded and decoded: what a perfect transformer would draw.", ("image",),
              partial(_groups, (), ("image",)), {"image": judge_pictures}, through_codes, one),
         Part("recordings", "The real recordings: what the judges of speech make of the best there is.", ("audio",),
-             partial(_groups, ("audio",), ("audio",)), {"audio": judge_speech}, as_it_is, one),
+             _recordings, {"audio": judge_speech}, as_it_is, one),
         Part(sounds, "The real recordings, encoded and decoded: what a perfect transformer would say.", ("audio",),
-             partial(_groups, ("audio",), ("audio",)), {"audio": judge_codec}, through_codes, one),
+             _recordings, {"audio": judge_codec}, through_codes, one),
     ]  # fmt: skip
     return ceilings + [_part(name, about) for name, about in DIRECTIONS.items()]
 
@@ -72,6 +73,15 @@ def _groups(inputs: Sequence[Modality], outputs: tuple[Modality, ...], bench: Be
         train = bench.groups["training names"]
         groups[UNHEARD] = [_case(bench, i, inputs, outputs, HELD_OUT_VOICE) for i in train]
     return groups
+
+
+def _recordings(bench: Bench) -> Groups:
+    """The names as they are said, in the voice of their group."""
+    groups = _groups(("audio",), ("audio",), bench)
+    return {
+        name: [replace(case, truth={"audio": case.request.inputs[0].content}) for case in cases]  # type: ignore[dict-item]
+        for name, cases in groups.items()
+    }
 
 
 def _case(bench: Bench, index: int, inputs: Sequence[Modality], outputs: tuple[Modality, ...], voice: str) -> Case:
