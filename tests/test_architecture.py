@@ -28,7 +28,10 @@ DIFFUSERS_FILES = ("decoders/denoiser.py", "decoders/drivers.py", "decoders/deco
 # Files of anygen that meet decoders: where a bundle is assembled, and the stages that train them.
 MEET_DECODERS = (
     "anygen/bundle.py",
-    *(f"anygen/stages/{name}.py" for name in ("decoder", "vokens", "voken_losses", "prompt_vokens", "prompt_losses")),
+    *(
+        f"anygen/stages/{name}.py"
+        for name in ("decoder", "finishing", "vokens", "voken_losses", "prompt_vokens", "prompt_losses")
+    ),
 )
 
 
