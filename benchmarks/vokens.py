@@ -157,10 +157,8 @@ def main() -> None:
     load_step(vokens, run / "vokens" / "frozen", at)
     load_step(caption, arguments.out / "caption", at)
     held_out = data("test")
-    result: dict[str, Any] = {
-        "pictures": arguments.batches * config.documents_per_batch,
-        "config": config.model_dump(mode="json", exclude={"root"}),
-    }
+    result: dict[str, Any] = {"pictures": arguments.batches * config.documents_per_batch, "steps": at}
+    result["config"] = config.model_dump(mode="json", exclude={"root"})
     own, other = measure(vokens, decoder, held_out, encode, arguments.batches)
     result["vokens"] = facts(own, other)
     own_caption, other_caption = measure(caption, baseline, held_out, encode, arguments.batches)

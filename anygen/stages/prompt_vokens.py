@@ -121,7 +121,7 @@ def main(config: PromptVokensConfig) -> StageResult:
     decoder = start_decoder(config, hidden_dim=model.config.hidden_size, vokens=len(vocabulary.vokens_N))
     with borrowed_randomness(seed_of(config.frozen_loop.seed, "rows")):
         rows = VokenRows(model, vocabulary)
-        rows.start(model, vocabulary)
+        rows.start(model, vocabulary, layout.native_grid_hw)
 
     weights = PromptWeights(config.denoise_weight, config.align_weight, config.text_weight, config.drop_share)
     losses = PromptLoss(model, vocabulary, decoder, weights=weights, rows=rows, model_lr_ratio=config.rows_lr_ratio)

@@ -77,16 +77,18 @@ class VokenRows(nn.Module):
         self.output_RD = None if head.data_ptr() == embed.data_ptr() else nn.Parameter(head[self.ids_R].clone())
 
     @torch.no_grad()
-    def start(self, model: Any, vocabulary: Vocabulary) -> None:
+    def start(self, model: Any, vocabulary: Vocabulary, grid_hw: tuple[int, int]) -> None:
         """Start where the model already writes a picture.
 
-        The begin and end tokens are those of a picture of codes, the vokens the mean of its codes, each with a little
-        of its own. MiniGPT-5 starts from the mean of all rows.
+        The begin and end tokens are those of a picture of codes, the first two vokens its rows and columns, the others
+        the mean of its codes, each with a little of its own. MiniGPT-5 starts from the mean of all rows.
         """
         embed_VD, codes = model.model.embed_tokens.weight.detach(), vocabulary.range("image.0")
         self.input_RD[:2] = embed_VD[[vocabulary.control("image"), vocabulary.control("/image")]]
         mean_D, own_ND = embed_VD[codes.start : codes.stop].mean(0), torch.randn_like(self.input_RD[2:])
         self.input_RD[2:] = mean_D + 0.5 * embed_VD.std() * own_ND
+        shape = [vocabulary.numbers.start + number for number in grid_hw][: len(own_ND)]
+        self.input_RD[2 : 2 + len(shape)] = embed_VD[shape]
 
     def matrices(self, model: Any) -> tuple[Tensor, Tensor]:
         """Input and output matrix with these rows in their places."""

@@ -102,7 +102,7 @@ def main(config: VokensConfig) -> StageResult:
 
     with borrowed_randomness(seed_of(config.frozen_loop.seed, "rows")):
         rows = VokenRows(model, vocabulary)
-        rows.start(model, vocabulary)
+        rows.start(model, vocabulary, layout.native_grid_hw)
     losses = VokenLoss(
         model, vocabulary, decoder,
         weights=_weights(config, config.text_weight), rows=rows, model_lr_ratio=config.rows_lr_ratio,
