@@ -33,7 +33,6 @@ from tokenizers_mm.codes import Codes
 
 _TEXT_BUDGET = 256
 _FREE_BUDGET = 1024
-_WINDOW = 1
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -208,7 +207,7 @@ class AnyGen:
                 f"at least {needed}: shorten the input, or ask for less"
             )
         budget = request.max_new_tokens or min(self._default_budget(plan), room)
-        options, window = request.options(self.bundle.defaults), request.speculative_window or _WINDOW
+        options = request.options(self.bundle.defaults)
         return [
             SampleState(
                 prompt,
@@ -217,7 +216,7 @@ class AnyGen:
                 options,
                 generator,
                 seed=seed,
-                window=window,
+                window=request.speculative_window,
                 edit=edit,
                 noise_seed=noise_seed(generator, seed, place),
             )

@@ -91,7 +91,8 @@ class Request:
     duration_s: float | None = None
     """Length of generated sounds; by default the model chooses."""
     speculative_window: int | None = None
-    """How many codes of a picture or sound one pass may add; 1 is plain sampling. What is drawn is the same."""
+    """How many codes of a picture or sound one pass may add; 1 is plain sampling, None what was measured to be fastest.
+    What is drawn is the same."""
     mask: MaskSource | None = None
     """Edits `image`: what is white (or True) is drawn anew, the rest keeps its codes. It is scaled to the picture."""
     span: Sequence[float] | None = None

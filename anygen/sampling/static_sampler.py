@@ -30,7 +30,7 @@ Pairs = list[tuple[int, int]]
 
 def fits(states: Sequence[SampleState]) -> bool:
     """True where static steps can do it: without repetition penalties and windows of guesses."""
-    return all(s.window == 1 and all(o.repetition_penalty == 1 for o in s.options.values()) for s in states)
+    return all(s.window in (None, 1) and all(o.repetition_penalty == 1 for o in s.options.values()) for s in states)
 
 
 def sample_static(engine: Engine, states: Sequence[SampleState], *, max_rows: int) -> Iterator[Pairs]:

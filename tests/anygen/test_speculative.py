@@ -21,6 +21,7 @@ from anygen.results import Finished
 from anygen.sampling.choose import SamplingOptions, probabilities
 from anygen.sampling.engine import Engine
 from anygen.sampling.sampler import SampleState, sample
+from anygen.sampling.speculative import usual_window
 from anygen.sequence import Sequencer
 
 
@@ -98,7 +99,7 @@ def test_known_codes_are_kept_and_the_others_are_those_of_plain_sampling(model: 
     assert answers[1:] == answers[:1] * 3
 
 
-def picture_states(model: AnyGen, window: int, *, seed: int = 7, **options: Any) -> list[SampleState]:
+def picture_states(model: AnyGen, window: int | None, *, seed: int = 7, **options: Any) -> list[SampleState]:
     request = Request(text="a red apple", output="image", size=48, seed=seed, speculative_window=window, **options)
     return model._states(request)
 
@@ -165,6 +166,26 @@ def test_what_is_ahead_comes(sequencer: Sequencer) -> None:
 def test_impossible_windows_are_refused(window: Any) -> None:
     with pytest.raises(InputError, match="speculative_window"):
         Request(output="image", speculative_window=window)
+
+
+@pytest.mark.parametrize(("num_samples", "is_fewer"), [(1, True), (2, True), (3, False)])
+def test_a_few_pictures_are_drawn_with_a_window_unless_told_otherwise(
+    model: AnyGen, engine: CountingEngine, num_samples: int, is_fewer: bool
+) -> None:
+    passes, ids = {}, {}
+    for window in (None, 1):
+        states = picture_states(model, window, num_samples=num_samples, temperature=0.02)
+        assert states[0].is_guided
+        engine.num_passes = 0
+        run(engine, states)
+        passes[window], ids[window] = engine.num_passes, [state.ids for state in states]
+    assert ids[None] == ids[1] and (passes[None] < 0.7 * passes[1]) == is_fewer
+
+
+def test_sounds_and_other_devices_are_sampled_plainly() -> None:
+    cpu = torch.device("cpu")
+    assert [usual_window(m, 2, cpu) for m in ("image", "audio", "text", None)] == [8, 1, 1, 1]
+    assert usual_window("image", 2, torch.device("cuda")) == 1
 
 
 # -- the distribution
