@@ -1,6 +1,6 @@
 """What the flow decoder of a bundle gives over the tokenizer's own pixel head, on held-out emoji.
 
-    python benchmarks/decoders.py OUT.json [--bundle FOLDER] [--limit N] [--sheet SHEET.png]
+    python benchmarks/picture_decoders.py OUT.json [--bundle FOLDER] [--limit N] [--sheet SHEET.png]
 
 True codes: every held-out emoji is encoded and drawn again. Own codes: the model draws held-out names, once, and both
 decoders draw the same codes. Code agreement is the share of patches whose code is read again in the drawing.
