@@ -25,6 +25,7 @@ from anygen.errors import InputError
 from anygen.evaluation.spectrogram import draw_spectrogram
 from anygen.files import publishing
 from anygen.gallery.exhibits import Exhibit
+from anygen.gallery.redrawn import redrawn
 from anygen.results import Sample, save_png
 from anygen.sampling.choose import OPTION_NAMES
 from anygen.training.metrics import Progress
@@ -80,6 +81,7 @@ def build_gallery(model: AnyGen, out: Path, exhibits: Sequence[Exhibit]) -> Path
             _card(number, exhibit, samples, folder / "media", model_option)
             for number, (exhibit, samples) in enumerate(zip(exhibits, answers, strict=True))
         ]
+        cards += _redrawn_cards(model, folder / "media")
         (folder / PAGE).write_text(render(cards, name=str(model.bundle.provenance.get("name", ""))), encoding="utf-8")
         (folder / "gallery.json").write_text(
             json.dumps([dataclasses.asdict(card) for card in cards], indent=1), encoding="utf-8"
@@ -127,6 +129,20 @@ def _card(number: int, exhibit: Exhibit, samples: Sequence[Sample], media: Path,
     )
     command = _command(exhibit, inputs, model_option)
     return Card(exhibit.section, inputs, answers, _show_real(exhibit, media), exhibit.is_held_out, command)
+
+
+def _redrawn_cards(model: AnyGen, media: Path) -> list[Card]:
+    """One card a picture: given, then drawn from its codes by each decoder."""
+    cards = []
+    for number, (emoji, drawn) in enumerate(redrawn(model.bundle)):
+        given = _show_input("image", emoji.picture, media, f"redrawn-{number:02d}-in")
+        answers = []
+        for place, (name, picture) in enumerate(drawn.items()):
+            file = f"redrawn-{number:02d}-{place}.png"
+            picture.save(media / file)
+            answers.append((Shown("text", text=name), Shown("image", file=f"media/{file}", label=f"by the {name}")))
+        cards.append(Card("Drawn from the codes of a real picture", (given,), tuple(answers), (), False, ""))
+    return cards
 
 
 def _show(segment: Segment, media: Path, stem: str, sample: Sample, label: str) -> Shown:

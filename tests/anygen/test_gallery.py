@@ -20,6 +20,7 @@ from anygen.errors import ConfigError
 from anygen.evaluation.spectrogram import draw_spectrogram
 from anygen.gallery.build import Card, Shown, build_gallery, render
 from anygen.gallery.exhibits import embedded_emoji, load_exhibits
+from anygen.gallery.redrawn import redrawn
 from tokenizers_mm.media import load_sound
 
 
@@ -73,6 +74,20 @@ def test_the_command_beside_an_exhibit_gives_it_again(model: AnyGen, tmp_path: P
         shown, again = page.parent / f"media/00-{sample}-0.png", tmp_path / f"out/{sample:02d}-0-image.png"
         assert np.array_equal(np.asarray(Image.open(shown)), np.asarray(Image.open(again)))
         assert Image.open(shown).size == (24, 24)
+
+
+def test_real_pictures_are_drawn_again_where_a_bundle_can(
+    drawing_folder: Path, model: AnyGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing = AnyGen.from_pretrained(drawing_folder)
+    page = build_gallery(drawing, tmp_path / "page", load_exhibits()[:1]).read_text(encoding="utf-8")
+    assert "Drawn from the codes of a real picture" in page and "flow decoder" in page and "<code></code>" not in page
+    pictures = [np.array(Image.open(tmp_path / f"page/media/redrawn-00-{place}.png")) for place in (0, 1)]
+    assert pictures[0].shape == pictures[1].shape and (pictures[0] != pictures[1]).any(), "two ways of drawing"
+    assert redrawn(model.bundle) == [] or "image" in model.bundle.renderers
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    drawing = AnyGen.from_pretrained(drawing_folder)
+    assert redrawn(drawing.bundle) == [], "without diffusers the rest of the page stands"
 
 
 def test_hostile_captions_stay_text() -> None:
