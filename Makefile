@@ -28,7 +28,7 @@ check: .venv/dev
 	touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,xformers]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,diffusion,xformers]"
 	$(BIN)/python -m pip install --quiet --no-deps encodec  # a test compares with it; all of it would bring torchaudio
 	$(BIN)/python -m pip install --quiet --editable ".[pesq]" || echo "PESQ needs a C compiler: its test will be skipped"
 	touch $@

@@ -2,7 +2,7 @@
 
 A bundle carries each of them as a folder `decoders/NAME/` in diffusers' layout (`decoders.carried`). They need
 diffusers, which is an extra (`anygen[diffusion]`): `flow`, `spans`, `carried` and `optional` work without it;
-`denoiser`, `drivers` and `decoder` import it, and are imported only where one is used.
+`denoiser`, `drivers`, `sound` and `decoder` import it, and are imported only where one is used.
 
 The module names of saved components are part of their format: classes stay where they are.
 """

@@ -24,7 +24,7 @@ ROOMS = [
 FRAGILE = ("xformers", "torchvision", "torchaudio", "torchcodec", "encodec", "diffusers")
 MAX_LINES = 300
 # Their classes derive from diffusers': they are imported by none of the other files of decoders/, but inside functions.
-DIFFUSERS_FILES = ("decoders/denoiser.py", "decoders/drivers.py", "decoders/decoder.py")
+DIFFUSERS_FILES = ("decoders/denoiser.py", "decoders/drivers.py", "decoders/decoder.py", "decoders/sound.py")
 # Files of anygen that meet decoders: where a bundle is assembled, and the stages that train them.
 MEET_DECODERS = (
     "anygen/bundle.py",
