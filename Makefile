@@ -24,11 +24,11 @@ check: .venv/dev
 	$(PYTHON) -m venv --clear .venv || { rm -rf .venv; exit 1; }
 
 .venv/base: .venv/bin/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable .
+	$(BIN)/python -m pip install --quiet --editable ".[diffusion]"
 	touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,diffusion,xformers]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,xformers]"
 	$(BIN)/python -m pip install --quiet --no-deps encodec  # a test compares with it; all of it would bring torchaudio
 	$(BIN)/python -m pip install --quiet --editable ".[pesq]" || echo "PESQ needs a C compiler: its test will be skipped"
 	touch $@

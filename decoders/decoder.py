@@ -9,6 +9,7 @@ Dimension key: B samples, C H W data.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,15 @@ class FlowDecoder(DiffusionPipeline):  # type: ignore[misc]
     def num_patches(self) -> int:
         """Features of a condition."""
         return int(self.denoiser.num_patches)
+
+    def save_small(self, folder: Path) -> None:
+        """`save_pretrained` in bf16, as bundles hold weights; the decoder itself stays on the CPU in bf16."""
+        for part in self.components.values():
+            if isinstance(part, torch.nn.Module):
+                torch.nn.Module.to(
+                    part, "cpu", torch.bfloat16
+                )  # ModelMixin's own warns of modules to keep in fp32: none
+        self.save_pretrained(folder)
 
     def condition(self, *, codes: Tensor | None = None, vokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A condition, and the null of its driver.

@@ -187,7 +187,7 @@ def main(config: DecoderConfig) -> StageResult:
         more = phase(finishing, config.finishing.loop, config.finishing.batch_size, "finishing")
         metrics |= {f"finished_{name}": value for name, value in more.items()}
     with publishing(config.folder / "model") as folder:
-        decoder.to("cpu").save_pretrained(folder)
+        decoder.save_small(folder)
     return StageResult(config.folder, (config.folder / "model",), metrics)
 
 

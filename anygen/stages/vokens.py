@@ -125,7 +125,7 @@ def main(config: VokensConfig) -> StageResult:
         write_json(folder / "vocabulary.json", vocabulary.manifest())
         write_json(folder / "layout.json", layout.to_json())
     with publishing(config.folder / "decoder") as folder:
-        decoder.to("cpu").save_pretrained(folder)
+        decoder.save_small(folder)
     return StageResult(config.folder, (config.folder / "model", config.folder / "decoder"), metrics)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from decoders.carried import open_renderer
 from decoders.decoder import FlowDecoder
 from decoders.denoiser import FlowTransformer
 from decoders.drivers import CodeEmbedder, VokenMapper
@@ -79,6 +80,18 @@ assert torch.equal(drawn, torch.load("{tmp_path}/drawn.pt")), "other pixels"
     assert result.returncode == 0, result.stderr
 
 
+def test_saved_small_it_is_half_the_size_and_draws_nearly_the_same(decoder: FlowDecoder, tmp_path: Path) -> None:
+    drawn = decoder(codes=CODES, generator=seeded()).data_BCHW
+    decoder.save_pretrained(tmp_path / "whole")
+    decoder.save_small(tmp_path / "small")
+    again = open_renderer(tmp_path / "small", device=torch.device("cpu"))
+    assert again.denoiser.dtype == again.codes.dtype == torch.float32
+    assert torch.allclose(again(codes=CODES, generator=seeded()).data_BCHW, drawn, atol=0.05 * float(drawn.std()))
+    weights = "denoiser/diffusion_pytorch_model.safetensors"
+    sizes = [(tmp_path / name / weights).stat().st_size for name in ("small", "whole")]
+    assert sizes[0] < 0.7 * sizes[1]
+
+
 def test_a_condition_reaches_its_own_patch_first_and_null_differs(decoder: FlowDecoder) -> None:
     changed = CODES.clone()
     changed[0, 5] = 0
@@ -131,3 +144,29 @@ def test_vokens_that_are_no_whole_block_are_refused() -> None:
             gather_vokens(states, torch.tensor([ids]), first_voken=90, count=3)
     none, rows = gather_vokens(states, torch.tensor([[1, 2, 3, 4]]), first_voken=90, count=3)
     assert none.shape == (0, 3, 2) and not len(rows)
+
+
+def test_eight_pictures_are_learnt_from_their_codes_and_from_no_others() -> None:
+    """Over 25 dB with the right codes; with another picture's codes the drawing is another picture."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 16), torch.linspace(0, 1, 16), indexing="ij")
+    waves = [torch.stack([torch.sin(k * x + c) * torch.cos((9 - k) * y - c) for c in range(3)]) for k in range(1, 9)]
+    pictures = torch.stack(waves)
+    codes = torch.randint(16, (8, 4), generator=seeded())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        denoiser = FlowTransformer(size=(16, 16), patch=(8, 8), width=96, depth=2, heads=2, condition_dim=16)
+        embedder = CodeEmbedder(codebook_size=16, dim=16, patches=4)
+        decoder = FlowDecoder(denoiser, FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), codes=embedder)
+        optimizer = torch.optim.AdamW([*denoiser.parameters(), *embedder.parameters()], lr=2e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 700)
+        for _ in range(700):
+            optimizer.zero_grad()
+            flow_loss(denoiser, pictures, embedder(codes)).backward()
+            optimizer.step()
+            schedule.step()
+
+    def psnr(given: torch.Tensor) -> float:
+        drawn = decoder(codes=given, generator=seeded(3)).data_BCHW.clamp(-1, 1)
+        return float(-10 * ((drawn - pictures) / 2).square().flatten(1).mean(1).log10().mean())
+
+    assert psnr(codes) > 25 and psnr(codes) > psnr(codes.roll(1, 0)) + 8, (psnr(codes), psnr(codes.roll(1, 0)))
