@@ -73,15 +73,16 @@ def true_codes(model: AnyGen, codes: Tensor, pixels: Tensor) -> dict[str, Any]:
     """Agreement, PSNR and SSIM of each way of drawing."""
     drawings = {"pixel head": head(model, codes)}
     drawings |= {f"flow decoder, {n} steps": flow(model, codes, n) for n in STEPS}
-    real = as_bytes(pixels)
-    return {
-        name: {
-            "agreement": figures(agreement(model, drawn, codes)),
-            "psnr": figures(psnr(real, as_bytes(drawn))),
-            "ssim": figures(ssim(real, as_bytes(drawn))),
+    real, found = as_bytes(pixels), {}
+    for name, drawn in drawings.items():
+        values = {
+            "agreement": agreement(model, drawn, codes),
+            "psnr": psnr(real, as_bytes(drawn)),
+            "ssim": ssim(real, as_bytes(drawn)),
         }
-        for name, drawn in drawings.items()
-    }
+        first = found.setdefault("pixel head", values)
+        found[name] = values | {f"{key} over pixel head": values[key] - first[key] for key in values}  # by picture
+    return {name: {key: figures(v) for key, v in values.items()} for name, values in found.items()}
 
 
 def own_codes(model: AnyGen, real: RealEmoji, held_out: list[int]) -> dict[str, Any]:
