@@ -8,6 +8,7 @@ Dimension key: B samples, C H W data.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ class FlowDecoder(DiffusionPipeline):  # type: ignore[misc]
                     part, "cpu", torch.bfloat16
                 )  # ModelMixin's own warns of modules to keep in fp32: none
         self.save_pretrained(folder)
+        for path in folder.rglob("*.json"):  # where the parts were opened is nobody's business, and differs by run
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            if facts.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def condition(self, *, codes: Tensor | None = None, vokens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A condition, and the null of its driver.

@@ -39,7 +39,7 @@ def pictures_in(folder: Path) -> Path:
 def test_a_folder_of_pictures_becomes_a_model_that_draws(tmp_path: Path) -> None:
     pictures = pictures_in(tmp_path / "pictures")
     recipes = copy_recipe("smoke", tmp_path / "own")
-    for name in ("audio_tokenizer", "gallery"):
+    for name in ("audio_tokenizer", "gallery", "evaluate"):
         (recipes / f"{name}.yaml").unlink()
     (recipes / "data.yaml").write_text(f"stage: data\nsources:\n  - {{kind: folder, path: {pictures}}}\n")
     (mixture,) = re.findall(r"`(pretrain\.mixture=\{.*?\})`", (ROOT / "README.md").read_text(encoding="utf-8"))
