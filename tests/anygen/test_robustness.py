@@ -255,4 +255,4 @@ def test_memory_does_not_grow_over_a_thousand_calls(model: AnyGen) -> None:
     grown, more = resident_kb() - before, len(gc.get_objects()) - objects
     print(f"1,000 calls: {grown} KB, {more} objects")
     assert grown < 20_000, "KB; a sample of this model takes some 100: kept, a thousand would be 100,000"
-    assert abs(more) < 300
+    assert more < 300, "fewer is no leak: what earlier tests of the run left may be freed meanwhile"
