@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import logging
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
+from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import gumbel_sample
 
 from tokenizers_mm.quantizer import (
     NormEMA,
@@ -21,6 +24,7 @@ from tokenizers_mm.quantizer import (
     codebooks_of,
     is_started,
     make_quantizer,
+    nearest,
 )
 from tokenizers_mm.usage import UsageMonitor, usage_of
 
@@ -217,3 +221,31 @@ def test_two_processes_hold_bit_equal_codebooks_after_50_steps(tmp_path: Path, u
     assert torch.equal(first["weights"], second["weights"])
     start = make_quantizer(QuantizerConfig(update="norm_ema"), dim=4, codebook_size=32, decay=0.9, dead_hits=0)
     assert isinstance(start, NormEMA) and not torch.equal(codebooks_of(start), first["codebook"]), "they have learned"
+
+
+def test_our_choice_of_codes_is_the_librarys() -> None:
+    """Codes, gradients and codebook stay the same to the last bit when the library chooses by its own function."""
+    found: list[list[Tensor]] = []
+    for own in (True, False):
+        torch.manual_seed(0)
+        quantizer = make_quantizer(QuantizerConfig(), dim=4, codebook_size=32, decay=0.9, dead_hits=0.5)
+        assert isinstance(quantizer, VectorQuantize)
+        assert quantizer._codebook.gumbel_sample is nearest
+        if not own:
+            quantizer._codebook.gumbel_sample = functools.partial(gumbel_sample, stochastic=False)
+        kept = []
+        for step in range(4):
+            z_BNX = torch.randn(8, 16, 4, generator=torch.Generator().manual_seed(step)).requires_grad_()
+            quantised_BNX, codes_BN, loss = quantizer(z_BNX)
+            (quantised_BNX.square().sum() + loss.sum()).backward()
+            assert z_BNX.grad is not None
+            kept += [quantised_BNX.detach(), codes_BN, z_BNX.grad, quantizer.codebook.clone()]
+        found.append(kept)
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("other", [{"gradient": "straight_through"}, {"options": {"stochastic_sample_codes": True}}])
+def test_other_choices_stay_with_the_library(other: dict[str, Any]) -> None:
+    quantizer = make_quantizer(QuantizerConfig(**other), dim=4, codebook_size=8, decay=0.9, dead_hits=0.5)
+    assert isinstance(quantizer, VectorQuantize)
+    assert quantizer._codebook.gumbel_sample is not nearest
