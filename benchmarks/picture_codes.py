@@ -35,6 +35,20 @@ from tokenizers_mm.teacher import VisionTeacher
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "pixels": {"deep_weight": 0.0, "shallow_weight": 0.0, "pixel_weight": 10.0, "head_start": "joint"},
+    "local pixels": {
+        "encoder": {"margin_px": 0},
+        "deep_weight": 0.0,
+        "shallow_weight": 0.0,
+        "pixel_weight": 10.0,
+        "head_start": "joint",
+    },
+    "pixels within 2 px": {
+        "encoder": {"margin_px": 2},
+        "deep_weight": 0.0,
+        "shallow_weight": 0.0,
+        "pixel_weight": 10.0,
+        "head_start": "joint",
+    },
     "deep": {"deep_weight": 1.0, "shallow_weight": 0.0},
     "deep + shallow": {"deep_weight": 1.0, "shallow_weight": 1.0},
     "light teacher + pixels": {
@@ -88,7 +102,8 @@ def tokenizer_of(variant: str, base: Path, out: Path, steps: int) -> Path:
         if not (root / name).exists():
             (root / name).symlink_to((base / name).resolve())
     phases = {"vqkd_loop": loop(steps, MUON), "head_loop": loop(steps // 2, {**MUON, "muon_lr_ratio": 4.0})}
-    stage("image_tokenizer", root, **TOKENIZER, **VARIANTS[variant], **phases)
+    encoder = {**TOKENIZER["encoder"], **VARIANTS[variant].get("encoder", {})}
+    stage("image_tokenizer", root, **{**TOKENIZER, **VARIANTS[variant], "encoder": encoder}, **phases)
     stage("tokenize", root)
     return root
 

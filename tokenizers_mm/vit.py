@@ -59,24 +59,56 @@ class Transformer(nn.Module):
         return self.norm(x_BND)
 
 
-class PatchEncoder(nn.Module):
-    """Pictures to one vector a patch."""
+class LocalBlocks(nn.Module):
+    """`depth` residual MLPs on every vector alone, a LayerNorm last; no positions: equal vectors stay equal."""
 
-    def __init__(self, width: int, depth: int, num_heads: int, patch_px: int) -> None:
+    def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.patch_px = patch_px
-        self.embed = nn.Linear(3 * patch_px**2, width)
-        self.transformer = Transformer(width, depth, num_heads)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width, eps=1e-6), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+            )
+            for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(_initialise)
+
+    def forward(self, x_BND: Tensor, grid_hw: tuple[int, int]) -> Tensor:
+        """B x N x D to the same."""
+        for block in self.blocks:
+            x_BND = x_BND + block(x_BND)
+        normed: Tensor = self.norm(x_BND)
+        return normed
+
+
+class PatchEncoder(nn.Module):
+    """Pictures to one vector a patch, which sees the whole picture, or its own pixels and `margin_px` around them."""
+
+    def __init__(self, width: int, depth: int, num_heads: int, patch_px: int, margin_px: int | None = None) -> None:
+        super().__init__()
+        self.patch_px, self.margin_px = patch_px, margin_px
+        self.embed = nn.Linear(3 * (patch_px + 2 * (margin_px or 0)) ** 2, width)
+        self.transformer = Transformer(width, depth, num_heads) if margin_px is None else LocalBlocks(width, depth)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Pixels in [0, 1] to B x N x D."""
         grid_hw = (pixels_BCHW.shape[2] // self.patch_px, pixels_BCHW.shape[3] // self.patch_px)
-        return self.transformer(self.embed(to_patches(pixels_BCHW * 2 - 1, self.patch_px)), grid_hw)
+        patches_BNX = windows(pixels_BCHW * 2 - 1, self.patch_px, self.margin_px or 0)
+        states_BND: Tensor = self.transformer(self.embed(patches_BNX), grid_hw)
+        return states_BND
 
 
 def to_patches(pixels_BCHW: Tensor, patch_px: int) -> Tensor:
     """Pictures as B x N x (C P P), patches in row order; sides must be multiples of `patch_px`."""
     return F.pixel_unshuffle(pixels_BCHW, patch_px).flatten(2).transpose(1, 2)
+
+
+def windows(pixels_BCHW: Tensor, patch_px: int, margin_px: int) -> Tensor:
+    """Patches with `margin_px` around each, the picture's edge repeated outside: B x N x (C S S)."""
+    if not margin_px:
+        return to_patches(pixels_BCHW, patch_px)
+    padded = F.pad(pixels_BCHW, (margin_px,) * 4, mode="replicate")
+    return F.unfold(padded, patch_px + 2 * margin_px, stride=patch_px).transpose(1, 2)
 
 
 def from_patches(patches_BNX: Tensor, grid_hw: tuple[int, int], patch_px: int) -> Tensor:

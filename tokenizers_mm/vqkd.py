@@ -38,6 +38,8 @@ class VQKDConfig(Config):
     width: int = Field(192, ge=1)
     depth: int = Field(4, ge=1)
     num_heads: int = Field(6, ge=1)
+    margin_px: int | None = Field(None, ge=0, exclude_if=lambda margin: margin is None)
+    """How far around its patch a code sees; None: the whole picture. A local code means the same wherever it stands."""
     codebook_size: int = Field(1024, ge=2)
     code_dim: int = Field(16, ge=1)
     decoder_depth: int = Field(1, ge=1)
@@ -74,7 +76,7 @@ class PictureEncoder(nn.Module):
 
     def __init__(self, config: VQKDConfig, *, tokens_per_batch: int = 0) -> None:
         super().__init__()
-        self.encoder = PatchEncoder(config.width, config.depth, config.num_heads, config.patch_px)
+        self.encoder = PatchEncoder(config.width, config.depth, config.num_heads, config.patch_px, config.margin_px)
         self.to_code = task_layer(config.width, config.code_dim)
         self._on_sphere = config.quantizer.distance == "cosine"
         self.quantizer = make_quantizer(

@@ -16,7 +16,7 @@ from tokenizers_mm.errors import CheckpointError, DataError, InputError
 from tokenizers_mm.image import ImageTokenizer, square, to_picture, to_pixels
 from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, colour_loss
 from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
-from tokenizers_mm.vit import Transformer, from_patches, positions, to_patches
+from tokenizers_mm.vit import Transformer, from_patches, positions, to_patches, windows
 from tokenizers_mm.vqkd import VQKD, PictureEncoder, VQKDConfig
 
 CONFIG = VQKDConfig(side_px=16, patch_px=8, width=32, depth=1, num_heads=2, codebook_size=16, code_dim=8)
@@ -42,6 +42,31 @@ def test_training_and_inference_attention_agree() -> None:
     with torch.inference_mode():
         inferred = transformer(x, (2, 3))
     assert (trained - inferred).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("margin_px", [0, 3, None])
+def test_a_code_sees_as_far_as_its_margin(margin_px: int | None) -> None:
+    torch.manual_seed(0)
+    encoder = PictureEncoder(VQKDConfig(**{**CONFIG.model_dump(), "side_px": 32, "margin_px": margin_px})).double()
+    pixels = torch.rand(1, 3, 32, 32, dtype=torch.float64)
+    before_ND = encoder.encoder(pixels)[0]
+    for row in range(32):  # the patch in the middle: rows and columns 8 to 15
+        changed = pixels.clone()
+        changed[..., row, 12] += 1
+        seen = not torch.equal(encoder.encoder(changed)[0, 5], before_ND[5])
+        assert seen == (margin_px is None or 8 - margin_px <= row < 16 + margin_px), f"row {row}"
+
+
+def test_local_codes_mean_the_same_wherever_they_stand() -> None:
+    torch.manual_seed(0)
+    config = VQKDConfig(**{**CONFIG.model_dump(), "margin_px": 2, "quantizer": {"kmeans_start": False}})
+    encoder = PictureEncoder(config).eval()
+    tile = torch.rand(1, 3, 8, 8)
+    codes_BN = encoder(tile.tile(1, 1, 5, 5))[1]
+    inner = codes_BN.view(5, 5)[1:4, 1:4]  # at the edges the margin repeats the last pixels
+    assert (inner == inner[0, 0]).all()
+    assert torch.equal(windows(tile.tile(1, 1, 3, 3), 8, 2)[0, 4].view(3, 12, 12)[:, 2:10, 2:10], tile[0])
+    assert "margin_px" not in CONFIG.model_dump(), "tokenizers saved before there were local codes keep their files"
 
 
 def test_a_picture_is_scaled_before_it_is_padded() -> None:
