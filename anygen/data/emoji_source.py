@@ -14,7 +14,7 @@ from anygen.data.emoji_stories import make_story
 from anygen.data.records import Record, Utterance
 from anygen.data.scenes import is_countable, make_scene
 from anygen.data.source import Items, Source, SourceConfig, SplitName, flac_of, png_of
-from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak
+from anygen.data.speech import HELD_OUT_VOICE, check_voices, parts_of, speak
 from anygen.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ class EmojiSource(SourceConfig):
     kind: Literal["emoji"] = "emoji"
     side_px: int = Field(64, ge=8, le=1024)
     voices: tuple[str, ...] = ("awb", "kal", "kal16", "slt", "espeak:en-us", "espeak:en-gb+f3")
-    """Voices in every split; flite voices or espeak:LANGUAGE+VARIANT."""
+    """Voices in every split; flite voices or espeak:LANGUAGE+VARIANT, `@0.9` behind them for deeper and slower."""
     unheard_voices: tuple[str, ...] = (HELD_OUT_VOICE,)
     """Voices of the split `unheard` only."""
     num_scenes: int = Field(0, ge=0)
@@ -39,7 +39,8 @@ class EmojiSource(SourceConfig):
 
     def open(self) -> Source:
         """The source itself."""
-        if shared := {HELD_OUT_VOICE, *self.unheard_voices} & set(self.voices):
+        held_out = {parts_of(voice)[0] for voice in (HELD_OUT_VOICE, *self.unheard_voices)}
+        if shared := [voice for voice in self.voices if parts_of(voice)[0] in held_out]:
             raise ConfigError(f"voice {min(shared)!r} is held out for evaluation; take it out of `voices`")
         if self.spoken_scene_share and not self.voices:
             raise ConfigError("spoken_scene_share needs a voice that speaks the questions: name some in `voices`")

@@ -16,7 +16,7 @@ from anygen.data.emoji_pictures import FONT_PATHS, EmojiFont, on_white
 from anygen.data.scenes import THINGS, is_countable, make_scene
 from anygen.data.sources import EmojiSource
 from anygen.data.speech import RATE_HZ, check_voices, speak, trimmed
-from anygen.errors import AnyGenError, DataError, MissingDependency
+from anygen.errors import AnyGenError, ConfigError, DataError, MissingDependency
 
 needs_font = pytest.mark.skipif(
     not any(path.is_file() for path in FONT_PATHS), reason="needs the Debian package fonts-noto-color-emoji"
@@ -150,8 +150,24 @@ def test_espeak_voices() -> None:
     assert 0.3 < speak("a red apple", "espeak:en-us+f3").duration_s < 3.0
 
 
+@needs_flite
+def test_a_voice_may_speak_deeper_and_slower() -> None:
+    plain, deeper = speak("a red apple", "slt"), speak("a red apple", "slt@0.8")
+    assert deeper.duration_s == pytest.approx(plain.duration_s / 0.8, rel=0.05)
+    middles = []  # of the spectrum: where half of its magnitude lies
+    for audio in (plain, deeper):
+        magnitudes = np.abs(np.fft.rfft(audio.samples_T)).cumsum()
+        middles.append(np.searchsorted(magnitudes, magnitudes[-1] / 2) / audio.duration_s)
+    assert middles[1] == pytest.approx(0.8 * middles[0], rel=0.1)
+
+
+def test_a_held_out_voice_is_refused_at_any_speed() -> None:
+    with pytest.raises(ConfigError, match=r"'rms@0\.9' is held out"):
+        EmojiSource(voices=("slt", "rms@0.9")).open()
+
+
 def test_voices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for voice in ("alice", "../slt", "espeak:en us", "espeak:", "SLT"):
+    for voice in ("alice", "../slt", "espeak:en us", "espeak:", "SLT", "slt@", "slt@0.2", "slt@3", "slt@-1"):
         with pytest.raises(DataError):
             check_voices((voice,))
     monkeypatch.setattr(shutil, "which", lambda name: None)
