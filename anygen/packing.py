@@ -73,7 +73,8 @@ def split_long(sequence: Sequence, row_length: int) -> list[Sequence]:
                 f"a row of {row_length}: use longer rows"
             )
         spans = tuple((a - start, b - start) for a, b in sequence.media_spans if start <= a and b <= stop)
-        pieces.append(Sequence(sequence.ids_S[start:stop], sequence.target_S[start:stop], spans))
+        read_S = None if sequence.read_S is None else sequence.read_S[start:stop]
+        pieces.append(Sequence(sequence.ids_S[start:stop], sequence.target_S[start:stop], spans, read_S))
         start = stop
     return pieces
 
@@ -89,7 +90,7 @@ def collate(rows: list[list[Sequence]], row_length: int, *, pad_id: int) -> Pack
         padding = [Sequence(np.full(room, pad_id, np.int64), np.zeros(room, np.bool_), ())] if room else []
         for sequence, is_real in [*((s, True) for s in row), *((s, False) for s in padding)]:
             num_ids = len(sequence)
-            ids.append(sequence.ids_S)
+            ids.append(sequence.ids_S if sequence.read_S is None else sequence.read_S)
             positions.append(np.arange(num_ids))
             labels.append(np.append(sequence.ids_S[1:], pad_id))
             predicts.append(np.append(np.full(num_ids - 1, is_real), False))

@@ -40,6 +40,8 @@ class Sequence:
     """True for ids that the model is to generate."""
     media_spans: tuple[tuple[int, int], ...]
     """[start, stop) of blocks that must never be split (all but text)."""
+    read_S: IntArray | None = None
+    """What a model in training reads in place of `ids_S`, where that differs (`anygen.data.code_noise`)."""
 
     def __len__(self) -> int:
         return len(self.ids_S)

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from torch import nn
 
 from anygen.codebooks import OrderName
 from anygen.config import Config
+from anygen.data.code_noise import with_noise
 from anygen.data.coded import CodedStore
 from anygen.data.loader import PackedLoader, Packing, merge_states
 from anygen.data.tasks import Direction, DocumentStream
@@ -71,6 +73,8 @@ class PretrainConfig(StageConfig):
     """Share of examples that learn to answer without their inputs (classifier-free guidance)."""
     free_share: float = Field(0.1, ge=0, le=1)
     """Share of examples without a task token: they teach what to answer when nothing is asked for (`output="any"`)."""
+    code_noise: float = Field(0.0, ge=0, lt=1, exclude_if=lambda share: share == 0)
+    """Share of picture and sound codes that the model reads as another one; see `anygen.data.code_noise`."""
     loss_weights: dict[Literal["text", "control", "image", "audio", "region"], Annotated[float, Field(ge=0)]] = {}
     """Weight by modality of the label; 1 where not named."""
     input_weight: float = Field(0.0, ge=0)
@@ -192,8 +196,11 @@ class _Pretraining:
         facts = coded_facts(tokenizers.get("image"), tokenizers.get("audio"))  # type: ignore[arg-type]
         self._stream = self._open(config, tokenizers, facts, "train")
         self._held_out = self._open(config, tokenizers, facts, "validation")
+        example = self._example_of(self._stream)
+        if config.code_noise:
+            example = self._noisy(example, config.code_noise, seed_of(config.loop.seed, "code noise"))
         self._loader = PackedLoader(
-            self._example_of(self._stream),
+            example,
             packing=Packing(config.row_length, config.pool_size, self._pad_id),
             num_lanes=config.rows_per_batch,
             num_workers=config.num_workers,
@@ -226,6 +233,10 @@ class _Pretraining:
             return self._sequencer.build(document, drop_inputs=dropped)
 
         return example
+
+    def _noisy(self, example: Callable[[int], Sequence], share: float, seed: int) -> Callable[[int], Sequence]:
+        vocabulary = self._sequencer.vocabulary
+        return lambda number: with_noise(example(number), vocabulary, share, np.random.default_rng([seed, number]))
 
     def next_batch(self) -> TensorBatch:
         return self._weights.batch(self._loader.next_batch())
