@@ -8,15 +8,13 @@ All passes go through the same blocks; they differ in the attention that they ha
 cache are fp32 whatever the type of the weights: attention of one query over bf16 keys is four times slower there.
 
 Dimension key: B rows, T packed prompt ids, W ids of a window, M packed ids of any of them, D width, H query heads, G
-key/value heads, R = H / G, E head width, F pairs of a head, C = 2 G E numbers of a position in the cache, N cache
-length, V vocabulary.
+key/value heads, E head width, F pairs of a head, N cache length, X = M 2 G, Q queries that share keys, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +23,8 @@ from torch import Tensor
 
 from anygen.model.attention import Segments, attend
 from anygen.sampling.cache import Cache as Cache
+from anygen.sampling.cache import bucket, snug
+from anygen.sampling.cached_attention import Window, attend_cached, causal_mask, few_queries, unpacked
 from anygen.sampling.linear import Linear
 from anygen.sampling.weights import Layer, read_layer, rotations
 from tokenizers_mm.codes import IntArray
@@ -32,22 +32,6 @@ from tokenizers_mm.codes import IntArray
 Attention = Callable[[int, Tensor], Tensor]
 """From the number of a layer and its queries, keys and values (M x (H + 2 G) x E, rotated) to M x (H E)."""
 _FEWEST_PACKED = 256
-
-
-@dataclass(frozen=True)
-class Window:
-    """Where the ids of a step or a window stand, in the cache and among the rows."""
-
-    slots_M: Tensor
-    """Row x cache length + position."""
-    turns_M1F: Tensor
-    mask_B1QN: Tensor | None
-    """0 where a query may look, minus infinity elsewhere; None where it may look everywhere."""
-    num_keys: int
-    shape: tuple[int, int]
-    """B x W."""
-    spots: tuple[Tensor, Tensor] | None = None
-    """Row and offset of each id, where rows have different numbers of ids."""
 
 
 class Engine:
@@ -83,7 +67,12 @@ class Engine:
     def new_cache(self, num_rows: int, length: int) -> Cache:
         """An empty cache for `num_rows` rows of up to `length` ids."""
         like = torch.empty(0, device=self.device, dtype=self._cache_dtype)
-        return Cache(len(self.layers), num_rows, length, 2 * self.num_kv * self.head_width, like)
+        first = min(length, self.room(1)) if self.device.type == "cpu" else length
+        return Cache(len(self.layers), num_rows, first, (self.num_kv, self.head_width), like, ahead=length)
+
+    def room(self, length: int) -> int:
+        """The length that a cache should have for rows of so many ids."""
+        return (snug if self.device.type == "cpu" else bucket)(length, self.max_positions)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[IntArray], cache: Cache, rows: Sequence[int] | None = None) -> Tensor:
@@ -96,32 +85,33 @@ class Engine:
         """
         lengths = tuple(len(prompt) for prompt in prompts)
         segments = Segments(lengths, self.device)
+        self._keys(cache, max(lengths))
         lengths_B = torch.tensor(lengths)
         rows_B = torch.arange(len(lengths)) if rows is None else torch.tensor(rows, dtype=torch.long)
         ids_T = torch.cat([torch.from_numpy(prompt) for prompt in prompts])
         positions_T = torch.cat([torch.arange(length) for length in lengths])
-        slots_T = torch.repeat_interleave(rows_B * cache.capacity[1], lengths_B) + positions_T
-        slots_T = slots_T.to(self.device)
+        positions_T = positions_T.to(self.device)
+        rows_T = torch.repeat_interleave(rows_B, lengths_B).to(self.device)
+        slots_X = (cache.first_slots_RP[rows_T] + positions_T[:, None]).flatten()
 
         def attention(layer: int, qkv_THE: Tensor) -> Tensor:
-            self._write(cache, layer, slots_T, qkv_THE)
+            cache.write(layer, slots_X, qkv_THE[:, self.num_heads :])
             wide = qkv_THE.to(self._cache_dtype)
             q_THE, k_TGE, v_TGE = wide.split([self.num_heads, self.num_kv, self.num_kv], dim=1)
             return attend(q_THE, k_TGE, v_TGE, segments).flatten(1)
 
-        x_TD = self._blocks(ids_T.to(self.device), self._turns_N1F[positions_T.to(self.device)], attention)
+        x_TD = self._blocks(ids_T.to(self.device), self._turns_N1F[positions_T], attention)
         cache.lengths_B[rows_B.to(self.device)] = lengths_B.to(self.device)
         return self._norm(x_TD[(lengths_B.cumsum(0) - 1).to(self.device)])
 
     @torch.inference_mode()
     def step(self, ids_B: Tensor, cache: Cache) -> Tensor:
-        """Read one id a row; hidden state after it, B x D."""
+        """Read one id a row; hidden state after it, B x D. The cache is given room for it where it has none."""
         positions_B = cache.lengths_B
         lengths = positions_B.tolist()
-        num_keys = max(lengths) + 1
-        mask_B1QN = (
-            None if min(lengths) + 1 == num_keys else causal_mask(positions_B[:, None], num_keys, self._cache_dtype)
-        )
+        num_keys = self._keys(cache, max(lengths) + 1)
+        is_full = min(lengths) + 1 == num_keys
+        mask_B1QN = None if is_full else causal_mask(positions_B[:, None], num_keys, self._cache_dtype)
         hidden_BD = self.step_at(ids_B.to(self.device), positions_B, cache, mask_B1QN, num_keys)
         cache.lengths_B = positions_B + 1
         return hidden_BD
@@ -130,9 +120,9 @@ class Engine:
         self, ids_B: Tensor, positions_B: Tensor, cache: Cache, mask_B1QN: Tensor | None, num_keys: int
     ) -> Tensor:
         """A step at given positions that leaves `cache.lengths_B` alone; its shapes depend on its arguments' only."""
-        slots_B = cache.first_slots_B[: len(ids_B)] + positions_B
+        slots_X = (cache.first_slots_RP[: len(ids_B)] + positions_B[:, None]).flatten()
         turns_B1F = self._turns_N1F.index_select(0, positions_B)
-        window = Window(slots_B, turns_B1F, mask_B1QN, num_keys, (len(ids_B), 1))
+        window = self._window(slots_X, mask_B1QN, num_keys, (len(ids_B), 1))
         return self._norm(self._blocks(ids_B, turns_B1F, self._cached(cache, window)))
 
     @torch.inference_mode()
@@ -143,7 +133,7 @@ class Engine:
 
         Args:
             ids_BW: the window; where a row has fewer ids, anything in their place.
-            cache: with room for them.
+            cache: is given room for them where it has none.
             counts_B: how many of its ids each row has, 0 included; all W by default. Hidden states beyond are 0.
         """
         ids_BW = ids_BW.to(self.device)
@@ -160,13 +150,15 @@ class Engine:
             return x_BW.flatten() if spots is None else x_BW[spots]
 
         positions_M = packed(positions_BW)
-        num_keys = int(positions_M.max()) + 1
-        slots_M = packed(cache.first_slots_B[:num_rows, None] + positions_BW)
+        num_keys = self._keys(cache, int(positions_M.max()) + 1)
+        slots_X = cache.first_slots_RP[:num_rows, None] + positions_BW[..., None]
+        slots_X = (slots_X if spots is None else slots_X[spots]).flatten()
         mask_B1QN = causal_mask(positions_BW.repeat(1, self.num_heads // self.num_kv), num_keys, self._cache_dtype)
-        window = Window(slots_M, self._turns_N1F[positions_M], mask_B1QN, num_keys, (num_rows, width), spots)
-        x_MD = self._blocks(packed(ids_BW), window.turns_M1F, self._cached(cache, window))
+        turns_M1F = self._turns_N1F[positions_M]
+        window = self._window(slots_X, mask_B1QN, num_keys, (num_rows, width), spots)
+        x_MD = self._blocks(packed(ids_BW), turns_M1F, self._cached(cache, window))
         cache.lengths_B = cache.lengths_B + counts_B
-        return _unpacked(self._norm(x_MD), window)
+        return unpacked(self._norm(x_MD), window)
 
     @torch.inference_mode()
     def logits(self, hidden_BD: Tensor, ranges: tuple[tuple[int, int], ...]) -> Tensor:
@@ -206,35 +198,39 @@ class Engine:
 
     # -- attention over the cache
 
-    def _write(self, cache: Cache, layer: int, slots_M: Tensor, qkv_MHE: Tensor) -> None:
-        memory_RNC = cache.layers_RNC[layer]
-        new_MC = qkv_MHE[:, self.num_heads :].reshape(len(slots_M), -1).to(memory_RNC.dtype)
-        memory_RNC.view(-1, memory_RNC.shape[-1]).index_copy_(0, slots_M, new_MC)
+    def _keys(self, cache: Cache, longest: int) -> int:
+        """How many positions attention looks at, room made for them; on a CPU all there are, so without gaps."""
+        if longest > cache.capacity[1]:
+            cache.reserve(0, self.room(longest))
+        return min(cache.capacity[1], self.room(longest)) if self.device.type == "cpu" else longest
+
+    def _window(
+        self,
+        slots_X: Tensor,
+        mask_B1QN: Tensor | None,
+        num_keys: int,
+        shape: tuple[int, int],
+        spots: tuple[Tensor, Tensor] | None = None,
+    ) -> Window:
+        mask_bNQ = None
+        if self.device.type == "cpu":
+            num_queries = shape[1] * (self.num_heads // self.num_kv)
+            mask_bNQ = few_queries(mask_B1QN, num_keys, shape[0], self.num_kv, num_queries)
+        return Window(slots_X, mask_B1QN, num_keys, shape, mask_bNQ, spots)
 
     def _cached(self, cache: Cache, window: Window) -> Attention:
         """Attention of a step or a window: write the new keys and values, then look at the row's own."""
+        heads = cache.heads(window.shape[0], window.num_keys)
 
         def attention(layer: int, qkv_MHE: Tensor) -> Tensor:
-            self._write(cache, layer, window.slots_M, qkv_MHE)
-            return self.attend_cached(qkv_MHE[:, : self.num_heads], cache.layers_RNC[layer], window)
+            cache.write(layer, window.slots_X, qkv_MHE[:, self.num_heads :])
+            return self.attend_cached(qkv_MHE[:, : self.num_heads], heads[layer], window)
 
         return attention
 
-    def attend_cached(self, q_MHE: Tensor, memory_RNC: Tensor, window: Window) -> Tensor:
-        """M x (H E). Queries that share keys stand under one another, so that nothing is repeated for them."""
-        num_rows, width = window.shape
-        memory = memory_RNC[:num_rows, : window.num_keys].unflatten(-1, (2 * self.num_kv, -1)).transpose(1, 2)
-        k_BGNE, v_BGNE = memory[:, : self.num_kv], memory[:, self.num_kv :]
-        if width == 1:
-            q_BGQE = q_MHE.reshape(num_rows, self.num_kv, -1, self.head_width)
-        else:
-            q_BWGRE = _unpacked(q_MHE, window).unflatten(2, (self.num_kv, -1))
-            q_BGQE = q_BWGRE.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        mixed_BGQE = F.scaled_dot_product_attention(q_BGQE.to(memory.dtype), k_BGNE, v_BGNE, attn_mask=window.mask_B1QN)
-        if width == 1:
-            return mixed_BGQE.reshape(num_rows, -1)
-        mixed_BWH = mixed_BGQE.unflatten(2, (-1, width)).permute(0, 3, 1, 2, 4).reshape(num_rows, width, -1)
-        return mixed_BWH.flatten(0, 1) if window.spots is None else mixed_BWH[window.spots]
+    def attend_cached(self, q_MHE: Tensor, keys_and_values: tuple[Tensor, Tensor], window: Window) -> Tensor:
+        """`anygen.sampling.cached_attention`; M x (H E)."""
+        return attend_cached(q_MHE, keys_and_values, window)
 
 
 def _unit(x: Tensor, floor: Tensor) -> Tensor:
@@ -244,18 +240,3 @@ def _unit(x: Tensor, floor: Tensor) -> Tensor:
 
 def _as_complex(x_MHE: Tensor) -> Tensor:
     return torch.view_as_complex(x_MHE.unflatten(-1, (-1, 2)))
-
-
-def causal_mask(positions_BQ: Tensor, num_keys: int, dtype: torch.dtype) -> Tensor:
-    """A query looks at its own position and before; B x 1 x Q x N."""
-    hidden_BQN = torch.arange(num_keys, device=positions_BQ.device) > positions_BQ[..., None]
-    return torch.zeros_like(hidden_BQN, dtype=dtype).masked_fill_(hidden_BQN, -torch.inf)[:, None]
-
-
-def _unpacked(x_MX: Tensor, window: Window) -> Tensor:
-    """B x W x ..., 0 where a row has no id."""
-    if window.spots is None:
-        return x_MX.unflatten(0, window.shape)
-    x_BWX = x_MX.new_zeros(*window.shape, *x_MX.shape[1:])
-    x_BWX[window.spots] = x_MX
-    return x_BWX

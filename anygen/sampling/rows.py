@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from anygen.sampling.cache import Prompt, bucket
+from anygen.sampling.cache import Prompt
 from anygen.sampling.engine import Engine
 from tokenizers_mm.codes import IntArray
 
@@ -73,7 +73,7 @@ class Rows:
         return rows
 
     def _reserve(self, num_rows: int, length: int) -> None:
-        self.cache.reserve(num_rows, bucket(length, self.engine.max_positions))
+        self.cache.reserve(num_rows, self.engine.room(length))
 
     def _keep(self, key: bytes, rows: Sequence[int], after_D: Tensor) -> None:
         """Keep a prompt as long as a row that has not joined will want it."""

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from anygen.grammar import Ranges
 from anygen.sampling.cache import Cache
+from anygen.sampling.cached_attention import causal_mask
 from anygen.sampling.choose import SamplingOptions
-from anygen.sampling.engine import Engine, causal_mask
+from anygen.sampling.engine import Engine
 from anygen.sampling.race import waits
 
 MAX_RANGES = 16
@@ -42,6 +43,7 @@ class StaticStep:
     def __init__(self, engine: Engine, num_rows: int, length: int, *, filters: bool) -> None:
         self.engine, self.filters, self.length = engine, filters, length
         self.cache: Cache = engine.new_cache(num_rows, length)
+        self.cache.reserve(num_rows, length)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=engine.device)
@@ -60,7 +62,7 @@ class StaticStep:
     @torch.inference_mode()
     def body(self) -> None:
         """Read the ids, then choose and write the next ones."""
-        mask_B1QN = causal_mask(self.positions_B[:, None], self.length, self.cache.layers_RNC[0].dtype)
+        mask_B1QN = causal_mask(self.positions_B[:, None], self.length, self.cache.layers_2RGNE[0].dtype)
         hidden_BD = self.engine.step_at(self.ids_B, self.positions_B, self.cache, mask_B1QN, self.length)
         self.hidden_BD.copy_(hidden_BD)
         self.positions_B.add_(self.is_active_B)

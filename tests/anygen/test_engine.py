@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from anygen.sampling import linear
 from anygen.sampling.cache import Cache, bucket
+from anygen.sampling.cached_attention import Window, attend_cached, causal_mask, few_queries
 from anygen.sampling.engine import Engine
 from anygen.sampling.linear import Linear, can_pack
 from anygen.vocabulary import Vocabulary
@@ -95,18 +96,21 @@ def test_prefill_into_some_rows_leaves_the_others(tiny_model: Any, vocabulary: V
 
 def filled(lengths: tuple[int, ...], *, num_rows: int, length: int = 8) -> Cache:
     """Row r holds r + position / 100, up to its length."""
-    cache = Cache(2, num_rows, length, 3, torch.zeros(0))
+    cache = Cache(2, num_rows, length, (2, 3), torch.zeros(0))
     cache.lengths_B = torch.tensor(lengths)
-    for layer in cache.layers_RNC:
+    for layer in cache.layers_2RGNE:
         for row, count in enumerate(lengths):
-            layer[row, :count] = row + torch.arange(count)[:, None] / 100
+            layer[:, row, :, :count] = row + torch.arange(count)[:, None] / 100
     return cache
 
 
 def content(cache: Cache) -> list[list[float]]:
     """First number of every position in use, the same in all layers."""
-    rows = [[round(float(x), 2) for x in cache.layers_RNC[0][row, :n, 0]] for row, n in enumerate(cache.lengths_B)]
-    again = [[round(float(x), 2) for x in cache.layers_RNC[1][row, :n, 2]] for row, n in enumerate(cache.lengths_B)]
+    first, last = cache.layers_2RGNE[0][0, :, 0, :, 0], cache.layers_2RGNE[1][1, :, 1, :, 2]
+    rows, again = (
+        [[round(float(x), 2) for x in memory_RN[row, :n]] for row, n in enumerate(cache.lengths_B)]
+        for memory_RN in (first, last)
+    )
     assert rows == again
     return rows
 
@@ -123,13 +127,67 @@ def test_rows_leave_join_and_are_copied() -> None:
     cache.put(prompt, [2, 4])
     cache.copy(0, [3])
     assert content(cache) == [three, two, two, three, two]
-    assert cache.first_slots_B.tolist() == [0, 20, 40, 60, 80, 100]
+    keys, values = [[0, 20], [40, 60], [80, 100], [120, 140], [160, 180], [200, 220]], 240
+    assert cache.first_slots_RP.tolist() == [[*row, *(values + slot for slot in row)] for row in keys]
 
 
 def test_rows_that_trade_places_do_not_overwrite_one_another() -> None:
     cache = filled((1, 2, 3), num_rows=3)
     cache.rearrange([1, 2, 0])
     assert content(cache) == [[1.0, 1.01], [2.0, 2.01, 2.02], [0.0]]
+
+
+def test_rows_grow_in_the_memory_taken_ahead() -> None:
+    cache = Cache(2, 3, 8, (2, 3), torch.zeros(0), ahead=64)
+    cache.lengths_B = torch.tensor([2, 1, 3])
+    for layer in cache.layers_2RGNE:
+        layer.fill_(7.0)  # stale, as after another layout
+        for row, count in enumerate(cache.lengths_B.tolist()):
+            layer[:, row, :, :count] = row + torch.arange(count)[:, None] / 100
+    before, num_bytes = content(cache), cache.num_bytes
+    for length in (9, 20, 33, 64):
+        cache.reserve(3, length)
+        assert cache.capacity == (3, length) and content(cache) == before
+    assert cache.num_bytes == num_bytes
+    views = cache.heads(2, 64)
+    cache.reserve(3, 65)
+    assert content(cache) == before and cache.num_bytes >= 65 * num_bytes // 64
+    (k_bNE, v_bNE), layer = cache.heads(2, 64)[1], cache.layers_2RGNE[1]
+    assert k_bNE is not views[1][0] and k_bNE.data_ptr() == layer.data_ptr()
+    assert torch.equal(v_bNE, layer[1, :2, :, :64].flatten(0, 1))
+
+
+def test_a_cache_is_given_room_and_what_is_stale_is_not_seen(tiny_model: Any, vocabulary: Vocabulary) -> None:
+    """Lengths across several layouts, in memory full of what other rows left."""
+    engine, random = Engine(tiny_model), np.random.default_rng(0)
+    prompts = [random.integers(0, vocabulary.used, n) for n in (3, 30, 17)]
+    ids_BN = torch.from_numpy(random.integers(0, vocabulary.used, (3, 80)))
+    cache = engine.new_cache(3, 40)
+    for memory in cache._memory:
+        memory.fill_(50.0)
+    engine.prefill(prompts, cache)
+    for ids_B in ids_BN[:, :45].T:
+        engine.step(ids_B, cache)
+    hidden = engine.extend(ids_BN[:, 45:], cache)[:, -1]
+    whole = [np.concatenate([prompt, ids]) for prompt, ids in zip(prompts, ids_BN.numpy(), strict=True)]
+    assert (hidden - engine.prefill(whole, engine.new_cache(3, 120))).abs().max() < 1e-4
+    assert cache.capacity[1] == engine.room(110)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 5])
+@pytest.mark.parametrize("num_heads", [2, 4])
+def test_few_queries_take_another_way_to_the_same(width: int, num_heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q_MHE = torch.randn(3 * width, num_heads, 4, generator=generator)
+    k_bNE, v_bNE = torch.randn(2, 3 * 2, 9, 4, generator=generator)
+    positions_BQ = (torch.tensor([[0], [4], [3]]) + torch.arange(width)).repeat(1, num_heads // 2)
+    mask_B1QN = causal_mask(positions_BQ, 9, torch.float32)
+    mask_bNQ = few_queries(mask_B1QN, 9, 3, 2, positions_BQ.shape[1])
+    assert (mask_bNQ is None) == (positions_BQ.shape[1] >= 8)
+    if mask_bNQ is not None:
+        ways = [Window(torch.empty(0), mask_B1QN, 9, (3, width), mask) for mask in (None, mask_bNQ)]
+        plain, few = (attend_cached(q_MHE, (k_bNE, v_bNE), window) for window in ways)
+        assert plain.shape == few.shape == (3 * width, 4 * num_heads) and torch.allclose(plain, few, atol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "longest", "expected"), [(1, 4096, 128), (128, 4096, 128), (200, 150, 200)])
