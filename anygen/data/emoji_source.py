@@ -24,7 +24,7 @@ class EmojiSource(SourceConfig):
     kind: Literal["emoji"] = "emoji"
     side_px: int = Field(64, ge=8, le=1024)
     voices: tuple[str, ...] = ("awb", "kal", "kal16", "slt", "espeak:en-us", "espeak:en-gb+f3")
-    """Voices in every split; flite voices or espeak:LANGUAGE+VARIANT, `@0.9` behind them for deeper and slower."""
+    """Voices in every split; flite voices or espeak:LANGUAGE+VARIANT, `@90` behind them for deeper and slower."""
     unheard_voices: tuple[str, ...] = (HELD_OUT_VOICE,)
     """Voices of the split `unheard` only."""
     num_scenes: int = Field(0, ge=0)

@@ -29,10 +29,10 @@ SOUND_TYPES = ("flac", "wav", "ogg")
 MAX_MEMBER_BYTES = 50 * 2**20
 MAX_MEMBERS = 1_000_000
 _MEMBER = re.compile(
-    r"^(?:\./)?(?P<key>[\w-]{1,200})\.(?P<field>(?:[\w+:-]{1,80}\.)?(?P<type>png|jpg|jpeg|webp|flac|wav|ogg|txt|cls|json))$"
+    r"^(?:\./)?(?P<key>[\w-]{1,200})\.(?P<field>(?:[\w+:@-]{1,80}\.)?(?P<type>png|jpg|jpeg|webp|flac|wav|ogg|txt|cls|json))$"
 )
 _ASKED, _ANSWERED, _STORY = "asked:", "answered:", "story-"
-_HIDDEN_OR_UNREAD = re.compile(r"^(?:\./)?(?:[\w-]{1,200}(?:\.[\w+:-]{1,80}){1,8}|\.[\w+:-][\w.+:-]{0,199})$")
+_HIDDEN_OR_UNREAD = re.compile(r"^(?:\./)?(?:[\w-]{1,200}(?:\.[\w+:@-]{1,80}){1,8}|\.[\w+:-][\w.+:-]{0,199})$")
 """What a shard may hold beside what is read: `{key}.npy`, `{key}.seg.pth`, `.nfs0001`; no folder and no `..`."""
 
 

@@ -28,7 +28,7 @@ def check_voices(voices: tuple[str, ...]) -> None:
     """Refuse voices that cannot be spoken here.
 
     A voice is a flite voice (`slt`) or an espeak-ng voice, with a variant if wanted (`espeak:en-us+f3`). Behind an `@`
-    stands how much higher and faster it speaks (`slt@0.9`, 0.5 to 2): more voices than there are (speed perturbation,
+    stands how high and fast it speaks in percent (`slt@90`, 50 to 200): more voices than there are (speed perturbation,
     Ko et al. 2015).
 
     Raises:
@@ -36,14 +36,14 @@ def check_voices(voices: tuple[str, ...]) -> None:
         DataError: not a voice name.
     """
     for voice in voices:
-        if not re.fullmatch(r"([a-z0-9]+|espeak:[a-zA-Z0-9+-]+)(@[0-9]+(\.[0-9]+)?)?", voice):
+        if not re.fullmatch(r"([a-z0-9]+|espeak:[a-zA-Z0-9+-]+)(@[0-9]+)?", voice):
             raise DataError(
                 f"{voice!r} is not a voice; write a flite voice (slt) or espeak:LANGUAGE+VARIANT (espeak:en-us+f3), "
-                "and behind it how much higher and faster, if wanted (slt@0.9)"
+                "and behind it how high and fast in percent, if wanted (slt@90)"
             )
         speaker, speed = parts_of(voice)
         if not 0.5 <= speed <= 2:
-            raise DataError(f"voice {voice!r} speaks {speed} times as high and fast; that must be 0.5 to 2")
+            raise DataError(f"voice {voice!r} speaks at {speed:.0%} of its height and speed; that must be 50 to 200")
         if not voice.startswith("espeak:") and speaker not in FLITE_VOICES:
             raise DataError(f"flite has no voice {speaker!r}; it has {', '.join(FLITE_VOICES)}")
         program = "espeak-ng" if voice.startswith("espeak:") else "flite"
@@ -54,11 +54,11 @@ def check_voices(voices: tuple[str, ...]) -> None:
 def parts_of(voice: str) -> tuple[str, float]:
     """A voice's speaker and speed.
 
-    >>> parts_of("slt"), parts_of("espeak:en-us+f3@1.1")
+    >>> parts_of("slt"), parts_of("espeak:en-us+f3@110")
     (('slt', 1.0), ('espeak:en-us+f3', 1.1))
     """
-    speaker, _, speed = voice.partition("@")
-    return speaker, float(speed or 1)
+    speaker, _, percent = voice.partition("@")
+    return speaker, int(percent or 100) / 100
 
 
 def speak(text: str, voice: str) -> Audio:

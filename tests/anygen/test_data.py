@@ -36,7 +36,7 @@ RECORD = Record(
     "scene",
     ("a cat", "cat"),
     PNG,
-    (Utterance("a cat", "slt", FLAC), Utterance("cat", "espeak:en-us+f3", FLAC)),
+    (Utterance("a cat", "slt", FLAC), Utterance("cat", "espeak:en-us+f3", FLAC), Utterance("cat", "slt@90", FLAC)),
     (("cat", Region((0.0, 0.1, 0.5, 1.0))),),
     (("how many cats are there?", "one"),),
 )
@@ -51,7 +51,7 @@ def test_records_come_back_and_shards_are_equal_bytes(tmp_path: Path) -> None:
     assert list(store) == records
     assert store.keys() == ["a-1", "b", "c"]
     assert [store.has_picture(i) for i in range(3)] == [True, False, True]
-    assert [store.num_sounds(i) for i in range(3)] == [2, 0, 0]
+    assert [store.num_sounds(i) for i in range(3)] == [3, 0, 0]
     assert store[0].utterances[0].audio(16_000).rate_hz == 16_000
 
 
