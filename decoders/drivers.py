@@ -1,10 +1,12 @@
 """Drivers: what turns codes or vokens into a condition, one feature a patch. Both have a learned null.
 
 `VokenMapper` is MiniGPT-5's query decoder (arXiv 2310.02239) with one query a patch instead of one a text position.
-Trained on the drawing alone it is ignored by the denoiser (measured), as MiniGPT-5's is without its caption loss: its
-condition is also asked for the codes of the picture (`alignment`).
+Trained on the drawing alone it is ignored by the denoiser (measured), as MiniGPT-5's is without its caption loss: it is
+also asked for the codes of the picture (`alignment`), and its condition is the features of the codes that it says,
+with a correction that the drawing teaches.
 
-Dimension key: B samples, P patches, K features of the condition, N vokens, D width of hidden states, W width inside.
+Dimension key: B samples, P patches, K features of the condition, N vokens, D width of hidden states, W width inside, V
+codes of the codebook.
 """
 
 from __future__ import annotations
@@ -87,10 +89,13 @@ class VokenMapper(ModelMixin, ConfigMixin):  # type: ignore[misc]
         vokens: N.
         patches: P.
         dim: K.
-        codebook_size: entries of the codebook, for `alignment`; None does without.
+        codebook_size: V, for `alignment`; None does without, and the condition is free.
         width: W.
         layers: of reading, mixing and MLP.
         heads: of attention.
+        sharpness: times the logits, before features of codes are weighed for a drawing; training does without. At 1 the
+            condition of an unsure mapper is a blend that the denoiser was never taught: of the codes it draws, 33 % are
+            right, at 4 44 % (measured on the embedded model's emoji).
     """
 
     @register_to_config
@@ -105,45 +110,60 @@ class VokenMapper(ModelMixin, ConfigMixin):  # type: ignore[misc]
         width: int = 192,
         layers: int = 2,
         heads: int = 4,
+        sharpness: float = 4.0,
     ) -> None:
         super().__init__()
+        self.sharpness = sharpness
         self.norm_in, self.embed = nn.LayerNorm(hidden_dim), nn.Linear(hidden_dim, width)
         self.places_NW = nn.Parameter(torch.randn(vokens, width) * 0.02)
         self.queries_PW = nn.Parameter(torch.randn(patches, width) * 0.5)
         self.blocks = nn.ModuleList(_MapperBlock(width, heads) for _ in range(layers))
         self.norm_out, self.out = nn.LayerNorm(width), nn.Linear(width, dim)
         self.null_PK = nn.Parameter(torch.randn(patches, dim) * 0.02)
-        self.says = nn.Linear(dim, codebook_size) if codebook_size else None
+        self.says = nn.Linear(width, codebook_size) if codebook_size else None
+        self.features_VK: Tensor
+        if codebook_size:
+            self.register_buffer("features_VK", torch.randn(codebook_size, dim))
+            nn.init.zeros_(self.out.weight)
+            nn.init.zeros_(self.out.bias)
 
     @torch.no_grad()
     def say_as(self, codes: CodeEmbedder) -> None:
-        """Start to say codes in the features in which the denoiser was taught them.
-
-        What alignment then pulls towards a code is what the denoiser draws it from; otherwise the two losses pull apart
-        (measured: the flow loss rises as the alignment falls).
-        """
+        """Take the features, and the null, from which the denoiser was taught to draw each code."""
         assert self.says is not None, "a mapper without codebook_size says no codes"
-        self.says.weight.copy_(codes.table.weight / 4)
-        self.says.bias.zero_()
+        self.features_VK.copy_(codes.table.weight)
+        self.null_PK.copy_(codes.null_K.expand_as(self.null_PK))
 
     def forward(self, states_BND: Tensor, drop: Tensor | None = None) -> Tensor:
         """Condition, B x P x K; `drop` (B) says where it is the null."""
+        grid_BPK = self.condition(self.read(states_BND))
+        return grid_BPK if drop is None else torch.where(drop[:, None, None], self.null_PK, grid_BPK)
+
+    def read(self, states_BND: Tensor) -> Tensor:
+        """What each patch's query found in the states, B x P x W."""
         context_BNW = self.embed(self.norm_in(states_BND)) + self.places_NW
         x_BPW = self.queries_PW.expand(len(states_BND), -1, -1)
         for block in self.blocks:
             x_BPW = block(x_BPW, context_BNW)
-        grid_BPK = self.out(self.norm_out(x_BPW))
-        return grid_BPK if drop is None else torch.where(drop[:, None, None], self.null_PK, grid_BPK)
+        return self.norm_out(x_BPW)
 
-    def code_logits(self, grid_BPK: Tensor) -> Tensor:
-        """What a condition says about the code of each patch, B x P x codebook."""
+    def condition(self, x_BPW: Tensor) -> Tensor:
+        """Condition of what was read: the mean features of the codes said, corrected; B x P x K."""
+        free_BPK: Tensor = self.out(x_BPW)
+        if self.says is None:
+            return free_BPK
+        logits_BPV = self.code_logits(x_BPW).float() * (1.0 if self.training else self.sharpness)
+        return free_BPK + logits_BPV.softmax(-1).to(free_BPK.dtype) @ self.features_VK
+
+    def code_logits(self, x_BPW: Tensor) -> Tensor:
+        """What was read about the code of each patch, B x P x V."""
         assert self.says is not None, "a mapper without codebook_size says no codes"
-        logits: Tensor = self.says(grid_BPK)
+        logits: Tensor = self.says(x_BPW)
         return logits
 
-    def alignment(self, grid_BPK: Tensor, codes_BP: Tensor) -> Tensor:
+    def alignment(self, x_BPW: Tensor, codes_BP: Tensor) -> Tensor:
         """Cross-entropy of the codes that the decoder is to draw."""
-        return F.cross_entropy(self.code_logits(grid_BPK).float().flatten(0, 1), codes_BP.flatten())
+        return F.cross_entropy(self.code_logits(x_BPW).float().flatten(0, 1), codes_BP.flatten())
 
     def null(self, batch: int) -> Tensor:
         """The condition that says nothing."""

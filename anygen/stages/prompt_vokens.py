@@ -12,28 +12,21 @@ No stage `decoder` is needed. Captions are the texts before voken blocks; pictur
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from anygen.config import Config
-from anygen.data.coded import CodedStore
 from anygen.data.pictures import NamedPictures
-from anygen.data.tasks import Direction, DocumentStream
-from anygen.documents import Tokenizers
-from anygen.files import publishing, write_json
-from anygen.model import attention
+from anygen.files import publishing
 from anygen.model.loss import LossWeights
 from anygen.seeding import borrowed_randomness, seed_of
-from anygen.sequence import Sequencer
-from anygen.stages.base import StageConfig, StageResult, open_records
-from anygen.stages.coded_shards import places_of
-from anygen.stages.pretrain import load_pretrained, open_tokenizers
+from anygen.stages.base import StageResult, open_records
 from anygen.stages.prompt_losses import PromptData, PromptLoss, PromptWeights
-from anygen.stages.tokenize import coded_facts
-from anygen.stages.voken_losses import VokenRows
+from anygen.stages.voken_base import VokenStageConfig, Writer, open_stream
 from anygen.stages.voken_phases import VokenTraining
 from anygen.training.loop import LoopConfig, train
 from decoders.pretrained import check_pipeline, open_pipeline
@@ -62,43 +55,16 @@ class RendererConfig(Config):
     heads: int = Field(8, ge=1)
 
 
-class PromptVokensConfig(StageConfig):
-    """Recipe of the stage."""
+class PromptVokensConfig(VokenStageConfig):
+    """Recipe of the stage; alignment is the distance to the text encoder's embeddings of the caption."""
 
-    stage: Literal["vokens"] = "vokens"
     renderer: RendererConfig
-    mixture: dict[str, float] = {"text>voken": 1.0}
-    """Directions of the first phase, to voken pictures; see `anygen.data.tasks`."""
-    joint_mixture: dict[str, float] = {}
-    """Directions of the second phase, such as `story>voken` and `story>text,voken`; those of the first where empty."""
     documents_per_batch: int = Field(48, ge=1)
     denoise_weight: float = Field(1.0, ge=0)
-    align_weight: float = Field(0.1, ge=0)
-    """Distance to the text encoder's embeddings of the caption."""
-    text_weight: float = Field(0.01, ge=0)
     joint_align_weight: float = Field(0.0, ge=0)
     """In the second phase MiniGPT-5 goes without captions."""
-    drop_share: float = Field(0.1, ge=0, le=1)
-    """Share of conditions replaced by the null (classifier-free guidance)."""
     rows_lr_ratio: float = Field(0.1, gt=0)
-    """Learning rate of the voken rows over the mapper's."""
     model_lr_ratio: float = Field(1.0, gt=0)
-    """Learning rate of the transformer in the second phase over the mapper's."""
-    frozen_loop: LoopConfig
-    joint_loop: LoopConfig | None = Field(None, exclude_if=lambda loop: loop is None)
-    """None leaves the second phase out: the transformer stays as pretrained but for its voken rows."""
-
-    @field_validator("mixture", "joint_mixture")
-    @classmethod
-    def _directions(cls, mixture: dict[str, float]) -> dict[str, float]:
-        for direction in mixture:
-            Direction.parse(direction)
-        return mixture
-
-    @property
-    def on_cpu(self) -> bool:
-        """True where the recipe wants no GPU."""
-        return self.frozen_loop.device == "cpu"
 
     def check(self) -> None:
         """Without diffusers, or without the pipeline, nothing is moved or trained."""
@@ -114,33 +80,28 @@ class PromptVokensConfig(StageConfig):
 
 def main(config: PromptVokensConfig) -> StageResult:
     """Train the phases; save `model/` and `decoder/`."""
-    model, vocabulary, layout = load_pretrained(config.root / "pretrain" / "model")
-    model.set_attn_implementation(attention.register())
-    tokenizers = open_tokenizers(config.root, location_bins=vocabulary.range("region").size)
-    sequencer = Sequencer(vocabulary, layout)
-    decoder = start_decoder(config, hidden_dim=model.config.hidden_size, vokens=len(vocabulary.vokens_N))
-    with borrowed_randomness(seed_of(config.frozen_loop.seed, "rows")):
-        rows = VokenRows(model, vocabulary)
-        rows.start(model, vocabulary, layout.native_grid_hw)
-
+    writer = Writer.open(config)
+    hidden_dim, vokens = writer.model.config.hidden_size, len(writer.vocabulary.vokens_N)
+    decoder = start_decoder(config, hidden_dim=hidden_dim, vokens=vokens)
     weights = PromptWeights(config.denoise_weight, config.align_weight, config.text_weight, config.drop_share)
-    losses = PromptLoss(model, vocabulary, decoder, weights=weights, rows=rows, model_lr_ratio=config.rows_lr_ratio)
-    phase = _phase(config, losses, sequencer, tokenizers, config.mixture, seed=config.frozen_loop.seed)
-    metrics = train(phase, config.frozen_loop, config.folder / "frozen", title="vokens, frozen")
-    rows.write(model)
 
-    if config.joint_loop is not None:
-        weights = PromptWeights(config.denoise_weight, config.joint_align_weight, config.text_weight, config.drop_share)
-        ratio = config.model_lr_ratio
-        losses = PromptLoss(model, vocabulary, decoder, weights=weights, rows=None, model_lr_ratio=ratio)
-        mixture = config.joint_mixture or config.mixture
-        phase = _phase(config, losses, sequencer, tokenizers, mixture, seed=config.joint_loop.seed)
-        metrics |= train(phase, config.joint_loop, config.folder / "joint", title="vokens, joint")
+    def phase(name: str, loop: LoopConfig | None, mixture: dict[str, float], align: float) -> dict[str, float]:
+        if loop is None:
+            return {}
+        rows, ratio = (None, config.model_lr_ratio) if name == "joint" else (writer.rows, config.rows_lr_ratio)
+        losses = PromptLoss(
+            writer.model, writer.vocabulary, decoder,
+            weights=replace(weights, align=align), rows=rows, model_lr_ratio=ratio,
+        )  # fmt: skip
+        trainee = _trainee(config, writer, losses, mixture, seed=loop.seed)
+        return train(trainee, loop, config.folder / name, title=f"vokens, {name}")
 
-    with publishing(config.folder / "model") as folder:
-        model.cpu().save_pretrained(folder)
-        write_json(folder / "vocabulary.json", vocabulary.manifest())
-        write_json(folder / "layout.json", layout.to_json())
+    metrics = phase("frozen", config.frozen_loop, config.mixture, config.align_weight)
+    writer.rows.write(writer.model)
+    joint_mixture = config.joint_mixture or config.mixture
+    metrics |= phase("joint", config.joint_loop, joint_mixture, config.joint_align_weight)
+
+    writer.save(config.folder / "model")
     with publishing(config.folder / "decoder") as folder:
         decoder.save_pretrained(folder, base=config.renderer.pipeline)
     return StageResult(config.folder, (config.folder / "model", config.folder / "decoder"), metrics)
@@ -158,25 +119,16 @@ def start_decoder(config: PromptVokensConfig, *, hidden_dim: int, vokens: int) -
         return PromptDecoder.create(pipeline, hidden_dim=hidden_dim, vokens=vokens, **sizes)
 
 
-def _phase(
-    config: PromptVokensConfig,
-    losses: PromptLoss,
-    sequencer: Sequencer,
-    tokenizers: Tokenizers,
-    mixture: dict[str, float],
-    *,
-    seed: int,
+def _trainee(
+    config: PromptVokensConfig, writer: Writer, losses: PromptLoss, mixture: dict[str, float], *, seed: int
 ) -> VokenTraining:
     side_px = config.renderer.side_px or losses.side_px
 
     def data(split: str) -> PromptData:
-        facts = coded_facts(tokenizers.get("image"), tokenizers.get("audio"))  # type: ignore[arg-type]
-        store = CodedStore(places_of(None, config.root, split), facts=facts)
-        stream = DocumentStream(
-            store, mixture, tokenizers, drop_share=0.0, free_share=0.0, seed=seed_of(seed, split)
-        )  # conditions are dropped by the mapper's null
+        stream = open_stream(config, writer.tokenizers, mixture, split, seed=seed)
         pictures = NamedPictures(open_records(config.root, split), side_px)
-        weights = LossWeights(sequencer.vocabulary, {}, inputs=0.0)
-        return PromptData(stream, pictures, sequencer, weights, tokenizers["text"], config.documents_per_batch)
+        weights = LossWeights(writer.vocabulary, {}, inputs=0.0)
+        text = writer.tokenizers["text"]
+        return PromptData(stream, pictures, writer.sequencer, weights, text, config.documents_per_batch)
 
     return VokenTraining(losses, data("train"), data("validation"), encode=None)  # type: ignore[arg-type]

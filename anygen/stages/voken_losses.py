@@ -8,7 +8,8 @@ whose only label in a voken block is the begin token.
 Deviations: alignment with the picture's own codes instead of a text encoder's caption features; weight 1 for the text
 of a joint phase, whose transformer we trained ourselves.
 
-Dimension key: M voken blocks, N vokens a block, D width, P patches, V vocabulary, R trained rows, C H W pixels.
+Dimension key: M voken blocks, N vokens a block, D width, P patches, W width and K features of the mapper, V vocabulary,
+R trained rows, C H W pixels.
 """
 
 from __future__ import annotations
@@ -172,13 +173,20 @@ class VokenLoss(nn.Module):
         if not len(states_MND):  # every parameter has its part, a 0, in every batch's graph
             nothing = sum((p.sum() * 0 for p in self.mapper.parameters()), torch.zeros((), device=text.device))
             return self._weights.text * text + nothing, report
+        x_MPW = self.mapper.read(states_MND)
+        align = self.mapper.alignment(x_MPW, batch.codes_MP)
+        loss, report = self._weights.text * text + self._weights.align * align, report | {"align": align.detach()}
+        if not self._weights.flow:
+            return loss + self._unused(x_MPW), report
         num_flow = max(1, round(self._weights.flow_share * len(states_MND)))
-        grid_MPD = self.mapper(states_MND)
-        align = self.mapper.alignment(grid_MPD, batch.codes_MP)
         drop_M = torch.rand(num_flow) < self._weights.drop_share
-        flow = self.flow(self._dropped(grid_MPD[:num_flow], drop_M), batch.pixels_MCHW[:num_flow])
-        loss = self._weights.text * text + self._weights.align * align + self._weights.flow * flow
-        return loss, report | {"align": align.detach(), "flow": flow.detach()}
+        grid_MPK = self._dropped(self.mapper.condition(x_MPW[:num_flow]), drop_M)
+        flow = self.flow(grid_MPK, batch.pixels_MCHW[:num_flow])
+        return loss + self._weights.flow * flow, report | {"flow": flow.detach()}
+
+    def _unused(self, x_MPW: Tensor) -> Tensor:
+        """0, with every parameter in the graph that only the flow loss would reach."""
+        return (self.mapper.out(x_MPW[:1]).sum() + self.mapper.null_PK.sum()) * 0
 
     def read(self, batch: VokenBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Hidden states at the vokens, M x N x D, the text loss, and its report."""
@@ -199,10 +207,10 @@ class VokenLoss(nn.Module):
         return {name: value for name, value in own.items() if name != "flow"} | gaps
 
     def _figures(self, states_MND: Tensor, batch: VokenBatch, encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        grid_MPD = self.mapper(states_MND)
-        said = (self.mapper.code_logits(grid_MPD).argmax(-1) == batch.codes_MP).double().mean()
+        x_MPW = self.mapper.read(states_MND)
+        said = (self.mapper.code_logits(x_MPW).argmax(-1) == batch.codes_MP).double().mean()
         with borrowed_randomness(0):
-            flow = self.flow(grid_MPD, batch.pixels_MCHW)
+            flow = self.flow(self.mapper.condition(x_MPW), batch.pixels_MCHW)
         drawn = self._draw(vokens=states_MND, generator=torch.Generator().manual_seed(0)).data_BCHW
         found = compare((drawn + 1) / 2, batch.pixels_MCHW, batch.codes_MP, encode)
         return {
@@ -212,9 +220,9 @@ class VokenLoss(nn.Module):
             "psnr": float(found.psnr_B.mean()),
         }
 
-    def flow(self, grid_MPD: Tensor, pixels_MCHW: Tensor) -> Tensor:
+    def flow(self, grid_MPK: Tensor, pixels_MCHW: Tensor) -> Tensor:
         """The denoiser's loss under a condition."""
-        return flow_loss(self.denoiser, pixels_MCHW * 2 - 1, grid_MPD)
+        return flow_loss(self.denoiser, pixels_MCHW * 2 - 1, grid_MPK)
 
-    def _dropped(self, grid_MPD: Tensor, drop_M: Tensor) -> Tensor:
-        return torch.where(drop_M.to(grid_MPD.device)[:, None, None], self.mapper.null(len(grid_MPD)), grid_MPD)
+    def _dropped(self, grid_MPK: Tensor, drop_M: Tensor) -> Tensor:
+        return torch.where(drop_M.to(grid_MPK.device)[:, None, None], self.mapper.null(len(grid_MPK)), grid_MPK)

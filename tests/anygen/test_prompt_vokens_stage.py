@@ -22,13 +22,13 @@ from anygen.data.source import png_of
 from anygen.errors import CheckpointError, ConfigError
 from anygen.files import publishing, write_json
 from anygen.recipes_index import find_recipe
-from anygen.stages.pretrain import load_pretrained, open_tokenizers
+from anygen.stages.pretrain import load_pretrained
 from anygen.stages.prompt_losses import PromptLoss, PromptWeights
-from anygen.stages.prompt_vokens import PromptVokensConfig, _phase, main, start_decoder
+from anygen.stages.prompt_vokens import PromptVokensConfig, _trainee, main, start_decoder
 from anygen.stages.run import load_recipe
 from anygen.stages.tokenize import TokenizeConfig
 from anygen.stages.tokenize import main as tokenize
-from anygen.stages.voken_losses import VokenRows
+from anygen.stages.voken_base import Writer
 from decoders.carried import open_renderer
 from decoders.prompt import PromptDecoder
 
@@ -116,19 +116,14 @@ def test_the_frozen_phase_moves_only_the_rows_of_vokens_and_the_mapper(root: Pat
 @pytest.fixture(scope="module")
 def phase(root: Path) -> Any:
     config = config_of(root)
-    model, vocabulary, layout = load_pretrained(root / "pretrain" / "model")
-    from anygen.model import attention
-    from anygen.sequence import Sequencer
-
-    model.set_attn_implementation(attention.register())
-    decoder = start_decoder(config, hidden_dim=model.config.hidden_size, vokens=len(vocabulary.vokens_N))
+    writer = Writer.open(config)
+    hidden_dim, vokens = writer.model.config.hidden_size, len(writer.vocabulary.vokens_N)
     losses = PromptLoss(
-        model, vocabulary, decoder, weights=PromptWeights(1.0, 0.1, 0.01, 0.1), rows=VokenRows(model, vocabulary),
-        model_lr_ratio=0.1,
+        writer.model, writer.vocabulary, start_decoder(config, hidden_dim=hidden_dim, vokens=vokens),
+        weights=PromptWeights(1.0, 0.1, 0.01, 0.1), rows=writer.rows, model_lr_ratio=0.1,
     )  # fmt: skip
-    tokenizers = open_tokenizers(root, location_bins=10)
     mixture = {"text>voken": 1.0, "story>text,voken": 1.0, "story>voken": 1.0}
-    return _phase(config, losses, Sequencer(vocabulary, layout), tokenizers, mixture, seed=0)
+    return _trainee(config, writer, losses, mixture, seed=0)
 
 
 def test_every_block_has_its_own_picture_and_the_text_before_it(phase: Any) -> None:

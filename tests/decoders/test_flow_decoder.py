@@ -170,3 +170,18 @@ def test_eight_pictures_are_learnt_from_their_codes_and_from_no_others() -> None
         return float(-10 * ((drawn - pictures) / 2).square().flatten(1).mean(1).log10().mean())
 
     assert psnr(codes) > 25 and psnr(codes) > psnr(codes.roll(1, 0)) + 8, (psnr(codes), psnr(codes.roll(1, 0)))
+
+
+def test_a_mapper_says_codes_in_the_features_from_which_the_denoiser_draws_them(decoder: FlowDecoder) -> None:
+    mapper, states = decoder.vokens, torch.randn(2, 3, 20, generator=seeded())
+    mapper.say_as(decoder.codes)
+    torch.nn.init.zeros_(mapper.says.weight)
+    mapper.says.bias.data = torch.arange(10) * 40.0  # of code 9 it is sure
+    assert torch.allclose(mapper(states), decoder.codes(torch.full((2, 6), 9)), atol=1e-5)
+    assert torch.equal(mapper.null(2), decoder.codes.null(2))
+    mapper.says.bias.data = torch.arange(10) * 0.5
+    shares = [(sharpness * mapper.says.bias).softmax(-1) @ mapper.features_VK for sharpness in (1, 4)]
+    for training, expected in zip((True, False), shares, strict=True):
+        assert torch.allclose(mapper.train(training)(states)[0, 0], expected, atol=1e-5), "sharpened for drawings only"
+    mapper.says.bias.data.zero_()
+    assert torch.allclose(mapper(states)[0, 0], decoder.codes.table.weight.mean(0), atol=1e-5)
