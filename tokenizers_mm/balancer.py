@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from tokenizers_mm.together import averaged, count
 
 
 class Balancer(nn.Module):
@@ -51,6 +52,7 @@ class Balancer(nn.Module):
         balanced_BT = torch.zeros_like(output_BT)
         for name, loss in losses.items():
             (gradient_BT,) = torch.autograd.grad(loss, output_BT, retain_graph=True)
+            gradient_BT = gradient_BT / count()  # of the mean over all processes
             norm = self._averaged(self._names.index(name), gradient_BT.flatten(1).norm(dim=1).mean())
             balanced_BT += self.weights[name] / total * gradient_BT / norm.clamp_min(1e-12)
         return balanced_BT
@@ -58,16 +60,13 @@ class Balancer(nn.Module):
     @torch.no_grad()
     def _averaged(self, place: int, norm: Tensor) -> Tensor:
         """The moving average, without bias to its start; the same on all processes."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            norm = norm.clone()
-            dist.all_reduce(norm)
-            norm /= dist.get_world_size()
+        norm = averaged(norm)
         self._sums[place] = self._decay * self._sums[place] + (1 - self._decay) * norm
         self._counts[place] = self._decay * self._counts[place] + (1 - self._decay)
         return self._sums[place] / self._counts[place]
 
 
 def with_gradient(value: Tensor, output_BT: Tensor, gradient_BT: Tensor) -> Tensor:
-    """A loss that shows `value` and whose gradient at `output_BT` is `gradient_BT`."""
-    carrier = (output_BT * gradient_BT.detach()).sum()
+    """A loss that shows `value` and whose gradient at `output_BT`, averaged over processes, is `gradient_BT`."""
+    carrier = (output_BT * gradient_BT.detach()).sum() * count()
     return carrier + (value - carrier).detach()

@@ -23,6 +23,7 @@ from vector_quantize_pytorch import ResidualVQ
 from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.config import Config
 from tokenizers_mm.errors import TrainingError
+from tokenizers_mm.together import averaged, gathered, has_others, same_draws, train_as_one
 
 MIN_SPREAD = 0.3
 _INPUT_GAIN = 8.0
@@ -116,12 +117,14 @@ class TrainableEncodec(nn.Module):
             threshold_ema_dead_code=dead_code_share * tokens_per_batch / size.codebook_size,
             rotation_trick=True,
             quantize_dropout=size.num_codebooks > 1,
+            sync_codebook=has_others(),
         )
         self._variance: Tensor
         self.register_buffer("_variance", torch.zeros(()))
         for layer in self.quantizer.layers:
             # A new code starts with the mean hits, not at the threshold: else it is replaced again before it is hit.
             layer._codebook.reset_cluster_size = tokens_per_batch / size.codebook_size
+            train_as_one(layer._codebook)
 
     @property
     def is_started(self) -> bool:
@@ -147,13 +150,21 @@ class TrainableEncodec(nn.Module):
         self.quantizer.quantize_dropout = several and leave_out and self.is_started
         with torch.autocast(latents_BLN.device.type, enabled=False):
             latents_BNL = latents_BLN.float().transpose(1, 2)
-            quantised_BNL, codes_BNK, losses = self.quantizer(latents_BNL)
+            seed = self._dropout_seed(latents_BNL.device) if self.training else None
+            quantised_BNL, codes_BNK, losses = self.quantizer(latents_BNL, rand_quantize_dropout_fixed_seed=seed)
             if several and self.training:  # of several codebooks each would pass the gradient once
                 quantised_BNL = latents_BNL + (quantised_BNL - latents_BNL).detach()
             if self.training:
-                variance = latents_BNL.detach().flatten(0, 1).var(0, correction=0).mean()
+                variance = _variance_of(latents_BNL.detach().flatten(0, 1)).mean()
                 self._variance.lerp_(variance, 0.01 if self._variance > 0 else 1.0)
         return quantised_BNL.transpose(1, 2), codes_BNK.transpose(1, 2), losses.sum() / self._variance.clamp_min(1e-8)
+
+    def _dropout_seed(self, device: torch.device) -> int | None:
+        """What one process draws itself; the library adds up the draws of several."""
+        if not has_others() or not self.quantizer.quantize_dropout:
+            return None
+        with same_draws(device):
+            return int(torch.randint(0, 10_000, (), device=device))
 
     def waveform(self, latents_BLN: Tensor) -> Tensor:
         """Latent frames to a waveform of N x hop samples, with EnCodec's own decoder."""
@@ -191,9 +202,18 @@ def start(model: Any) -> None:
         first = False
 
 
+def _variance_of(frames_ML: Tensor) -> Tensor:
+    """L variances over the frames of all processes."""
+    variance_L = frames_ML.var(0, correction=0)
+    if not has_others():
+        return variance_L
+    mean_L = frames_ML.mean(0)
+    return averaged(variance_L + (mean_L - averaged(mean_L)).square())
+
+
 def spread_of(latents_BLN: Tensor) -> float:
-    """How much latents vary around their mean vector, relative to its length."""
-    frames_ML = latents_BLN.detach().float().transpose(1, 2).flatten(0, 1)
+    """How much latents, of all processes together, vary around their mean vector, relative to its length."""
+    frames_ML = gathered(latents_BLN.detach().float().transpose(1, 2).flatten(0, 1))
     mean_L = frames_ML.mean(0)
     return float((frames_ML - mean_L).pow(2).mean().sqrt() / mean_L.pow(2).mean().sqrt().clamp_min(1e-8))
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from tokenizers_mm.config import Config
+from tokenizers_mm.together import averaged
 
 
 class MSSTFTConfig(Config):
@@ -126,7 +127,7 @@ def feature_loss(real: list[Judgement], decoded: list[Judgement]) -> Tensor:
     return torch.stack(
         [
             (target.detach().float() - state.float()).abs().mean()
-            / target.detach().float().abs().mean().clamp_min(1e-8)
+            / averaged(target.detach().float().abs().mean()).clamp_min(1e-8)
             for ours, theirs in zip(real, decoded, strict=True)
             for target, state in zip(ours.features, theirs.features, strict=True)
         ]

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tokenizers_mm.config import Config
+from tokenizers_mm.together import averaged
 
 
 class PatchGANConfig(Config):
@@ -63,4 +64,5 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Ten
     """|gradient of the first| / |gradient of the second| at `last_layer`, in [0, 10,000] (VQGAN, equation 7)."""
     (ours,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
     (theirs,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    ours, theirs = averaged(ours), averaged(theirs)  # of the whole batch: else each process weighs by another ratio
     return (ours.norm() / (theirs.norm() + 1e-4)).clamp(0, 1e4).detach()

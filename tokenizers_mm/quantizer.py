@@ -13,7 +13,6 @@ import inspect
 from typing import Any, Literal, Self
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from vector_quantize_pytorch import VectorQuantize
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from tokenizers_mm.config import Config
+from tokenizers_mm.together import firsts, gathered, has_others, summed, train_as_one
 
 _OURS = frozenset(
     """self dim codebook_size codebook_dim heads separate_codebook_per_head decay freeze_codebook kmeans_init
@@ -107,7 +107,7 @@ def make_quantizer(
             ema_update=config.update == "ema",
             learnable_codebook=config.update == "gradient",
             # The library asks once, at its first use in the process, whether there are others, and remembers it.
-            sync_codebook=_has_others(),
+            sync_codebook=has_others(),
             # Of several codebooks each would pass the gradient once: the sum passes it instead.
             route_gradients_to_input=config.num_codebooks == 1,
             **config.options,
@@ -117,6 +117,8 @@ def make_quantizer(
     if config.gradient == "rotation" and not config.options.get("stochastic_sample_codes"):
         for book in books:
             book._codebook.gumbel_sample = nearest
+    for book in books:
+        train_as_one(book._codebook)
     if len(books) == 1:
         return books[0]  # not in a list of one: tokenizers saved before there were several keep their tensor names
     return ResidualQuantizer(books, normalises=config.distance == "cosine", rotates=config.gradient == "rotation")
@@ -199,23 +201,24 @@ class NormEMA(nn.Module):
 
     @torch.no_grad()
     def _update(self, flat_SX: Tensor, codes_S: Tensor) -> None:
-        hits_V, sums_VX = _hits(flat_SX, codes_S, len(self.codebook))
+        hits_V, sums_VX = (summed(part) for part in _hits(flat_SX, codes_S, len(self.codebook)))
         means_VX = F.normalize(sums_VX / hits_V.clamp_min(1)[:, None], dim=-1)
         moved_VX = F.normalize(self.decay * self.codebook + (1 - self.decay) * means_VX, dim=-1)
         self.codebook.copy_(torch.where((hits_V > 0)[:, None], moved_VX, self.codebook))
 
     @torch.no_grad()
     def _start(self, flat_SX: Tensor) -> None:
-        everyone_SX = _gathered(flat_SX)
+        everyone_SX = gathered(flat_SX)
         generator = torch.Generator().manual_seed(0)
         places_V = torch.randint(len(everyone_SX), (len(self.codebook),), generator=generator)
         if len(everyone_SX) >= len(self.codebook):
             places_V = torch.randperm(len(everyone_SX), generator=generator)[: len(self.codebook)]
         self.codebook.copy_(everyone_SX[places_V.to(flat_SX.device)])
         for _ in range(self._config.kmeans_iters):
-            codes_S = (flat_SX @ self.codebook.T).argmax(dim=-1)
-            hits_V, sums_VX = _hits(flat_SX, codes_S, len(self.codebook))
+            codes_S = (everyone_SX @ self.codebook.T).argmax(dim=-1)
+            hits_V, sums_VX = _hits(everyone_SX, codes_S, len(self.codebook))
             self.codebook.copy_(torch.where((hits_V > 0)[:, None], F.normalize(sums_VX, dim=-1), self.codebook))
+        firsts(self.codebook)
         self._codebook.initted.fill_(True)
 
 
@@ -236,23 +239,8 @@ def is_started(quantizer: nn.Module) -> bool:
 
 
 def _hits(flat_SX: Tensor, codes_S: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """Hits of every code and the sum of the vectors that hit it, over all processes."""
+    """Hits of every code and the sum of the vectors that hit it."""
     hits_V = torch.bincount(codes_S, minlength=num_codes).to(flat_SX.dtype)
     sums_VX = torch.zeros(num_codes, flat_SX.shape[1], device=flat_SX.device, dtype=flat_SX.dtype)
     sums_VX.index_add_(0, codes_S, flat_SX)
-    if _has_others():
-        dist.all_reduce(hits_V)
-        dist.all_reduce(sums_VX)
     return hits_V, sums_VX
-
-
-def _gathered(flat_SX: Tensor) -> Tensor:
-    if not _has_others():
-        return flat_SX
-    parts = [torch.empty_like(flat_SX) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, flat_SX.contiguous())
-    return torch.cat(parts)
-
-
-def _has_others() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from tokenizers_mm.together import is_first, summed
+
 logger = logging.getLogger("anygen")
 REMEDY = "raise dead_code_share (0.25 replaces codes that die), or lower codebook_size or code_dim"
 
@@ -51,14 +53,14 @@ class UsageMonitor(nn.Module):
 
     @torch.no_grad()
     def update(self, codes: Tensor) -> dict[str, Tensor]:
-        """Count one batch; `usage` and `perplexity` of the last whole window, NaN before there is one."""
-        self._hits += torch.bincount(codes.flatten(), minlength=len(self._hits))
+        """Count one batch of all processes; `usage` and `perplexity` of the last whole window, NaN before one."""
+        self._hits += summed(torch.bincount(codes.flatten(), minlength=len(self._hits)))
         self._batches += 1
         if int(self._batches) >= self.window:
             seen = bool(self._hits.any())  # a codebook that was left out all the time has no figures
             self._figures.copy_(torch.tensor(_usage(self._hits) if seen else (math.nan, math.nan)))
             possible = min(1.0, float(self._hits.sum()) / len(self._hits))
-            if (usage := float(self._figures[0])) < self.alarm * possible:
+            if (usage := float(self._figures[0])) < self.alarm * possible and is_first():
                 logger.warning(
                     "codebook collapse%s: the last %d batches used %.1f %% of %d codes (alarm below %.0f %%); %s",
                     *(self._name and f" ({self._name})", self.window, 100 * usage, len(self._hits), 100 * self.alarm),

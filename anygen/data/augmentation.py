@@ -53,7 +53,14 @@ class AugmentationConfig(Config):
         return self
 
 
-def augment(pixels_BCHW: Tensor, config: AugmentationConfig, generator: torch.Generator) -> Tensor:
+def augment(
+    pixels_BCHW: Tensor,
+    config: AugmentationConfig,
+    generator: torch.Generator,
+    *,
+    rows: slice = slice(None),
+    of: int = 0,
+) -> Tensor:
     """Each picture mirrored, shifted, cropped, turned and coloured by its own draw.
 
     Args:
@@ -61,6 +68,8 @@ def augment(pixels_BCHW: Tensor, config: AugmentationConfig, generator: torch.Ge
         config: what may happen; where it is nothing, the very same tensor comes back and nothing is drawn.
         generator: on the CPU whatever the pictures' device, so that draws are the same everywhere. It moves on by the
             same amount for every config that does something.
+        rows: of the whole batch, where the pictures are a part of one: each has the draw that it has there.
+        of: pictures of that whole batch.
 
     Returns:
         B x C x H x W in [0, 1], of the same type and on the same device, without gradients.
@@ -77,7 +86,7 @@ def augment(pixels_BCHW: Tensor, config: AugmentationConfig, generator: torch.Ge
             "make it smaller than the picture's sides"
         )
     # Every draw is made, used or not: turning one setting on leaves the draws of the others as they were.
-    draws_NB = torch.rand(len(pixels_BCHW), 11, generator=generator).T.to(pixels_BCHW.device)
+    draws_NB = torch.rand(of or len(pixels_BCHW), 11, generator=generator)[rows].T.to(pixels_BCHW.device)
     mirror_B, shifts_2B, crop_4B, turn_B, colour_3B = draws_NB.split([1, 2, 4, 1, 3])
     with torch.no_grad():
         if config.flip > 0:

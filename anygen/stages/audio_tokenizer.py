@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import soxr
@@ -21,6 +21,7 @@ from anygen.files import publishing
 from anygen.seeding import borrowed_randomness, seed_of
 from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records
 from anygen.stages.codec_losses import CodecLoss
+from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.encodec import MIN_SPREAD, EncodecSize, TrainableEncodec
@@ -37,6 +38,7 @@ MAX_JOINED = 32
 class AudioTokenizerConfig(StageConfig):
     """Recipe of the stage."""
 
+    several_processes: ClassVar[bool] = True
     stage: Literal["audio_tokenizer"] = "audio_tokenizer"
     codec: EncodecSize = EncodecSize()
     decode_with: Literal["istft", "seanet"] = "istft"
@@ -48,7 +50,7 @@ class AudioTokenizerConfig(StageConfig):
     speed_change: float = Field(0.0, ge=0, lt=1)
     """Play pieces up to this share faster or slower, pitch and formants with it: more voices than the data have."""
     batch_size: int = Field(16, ge=1)
-    """Pieces a step."""
+    """Pieces a step, of all processes together."""
     steps_without_quantiser: int = Field(200, ge=0)
     """First steps, in which the encoder learns to tell sounds apart."""
     mel_weight: float = Field(2.0, gt=0)
@@ -76,6 +78,15 @@ class AudioTokenizerConfig(StageConfig):
         """Samples of a piece, whole code frames."""
         return int(self.crop_s * self.codec.rate_hz) // self.codec.hop * self.codec.hop
 
+    @property
+    def on_cpu(self) -> bool:
+        """True where the recipe wants no GPU."""
+        return self.loop.device == "cpu"
+
+    def check(self) -> None:
+        """A batch size that cannot be divided is told before anything is moved."""
+        processes.own_rows(self.batch_size)
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.crop < max(self.codec.hop, WINDOWS[0]):
@@ -98,8 +109,10 @@ def main(config: AudioTokenizerConfig) -> StageResult:
     """Train and save `tokenizer/`."""
     trainee = _CodecTraining(config)
     metrics = train(trainee, config.loop, config.folder, title="audio tokenizer")
-    with publishing(config.folder / "tokenizer") as folder:
-        trainee.tokenizer().save(folder)
+    if processes.rank() == 0:
+        with publishing(config.folder / "tokenizer") as folder:
+            trainee.tokenizer().save(folder)
+    processes.wait()
     return StageResult(config.folder, (config.folder / "tokenizer",), metrics)
 
 
@@ -111,6 +124,7 @@ class _CodecTraining:
         self._sounds = SoundSet(open_records(config.root, "train"), size.rate_hz)
         self._held_out = SoundSet(open_records(config.root, "validation"), size.rate_hz)
         self._order = Shuffled(len(self._sounds), config.batch_size, seed=seed_of(config.loop.seed, "audio"))
+        self._rows = processes.own_rows(config.batch_size)
         with borrowed_randomness(config.loop.seed):
             tokens = config.batch_size * self._crop // size.hop
             codec = TrainableEncodec(size, tokens_per_batch=tokens)
@@ -121,22 +135,35 @@ class _CodecTraining:
     def next_batch(self) -> Tensor:
         items = self._order.next()
         generator = self._order.generator()
-        return torch.from_numpy(np.stack([self._piece(item, generator) for item in items]).astype(np.float32))
+        for item in items[: self._rows.start or 0]:  # where the draws of this process's pieces begin
+            self._drawn(item, generator)
+        pieces = [self._piece(item, generator) for item in items[self._rows]]
+        return torch.from_numpy(np.stack(pieces).astype(np.float32))
+
+    def _drawn(self, item: int, generator: random.Random) -> tuple[float, list[int], int, float]:
+        """What is drawn for a piece: its speed, the sounds, its start in them, its loudness.
+
+        What follows a short sound are others, so that no step is spent on padding.
+        """
+        speed = (1 + self._config.speed_change) ** generator.uniform(-1, 1)
+        length = self._length(speed)
+        sounds, available = [item], self._sounds.num_samples(item)
+        while available < length and len(sounds) < MAX_JOINED:
+            sounds.append(generator.randrange(len(self._sounds)))
+            available += self._sounds.num_samples(sounds[-1])
+        return speed, sounds, generator.randint(0, max(length, available) - length), generator.uniform(0.6, 1.3)
 
     def _piece(self, item: int, generator: random.Random) -> Any:
-        """A piece of the sound; what follows a short one are others, so that no step is spent on padding."""
-        speed = (1 + self._config.speed_change) ** generator.uniform(-1, 1)
-        length = math.ceil(self._crop * speed) + 1 if self._config.speed_change else self._crop
-        sounds = [self._sounds.samples(item)]
-        while sum(map(len, sounds)) < length and len(sounds) < MAX_JOINED:
-            sounds.append(self._sounds.samples(generator.randrange(len(self._sounds))))
-        samples_T = np.concatenate(sounds)
-        samples_T = np.resize(samples_T, max(length, len(samples_T)))
-        start = generator.randint(0, len(samples_T) - length)
-        piece_T = samples_T[start : start + length]
+        speed, sounds, start, loudness = self._drawn(item, generator)
+        length = self._length(speed)
+        samples_T = np.concatenate([self._sounds.samples(sound) for sound in sounds])
+        piece_T = np.resize(samples_T, max(length, len(samples_T)))[start : start + length]
         if self._config.speed_change:
             piece_T = soxr.resample(piece_T, self._config.codec.rate_hz * speed, self._config.codec.rate_hz)
-        return piece_T[: self._crop] * generator.uniform(0.6, 1.3)
+        return piece_T[: self._crop] * loudness
+
+    def _length(self, speed: float) -> int:
+        return math.ceil(self._crop * speed) + 1 if self._config.speed_change else self._crop
 
     def to_device(self, batch: Tensor, device: torch.device) -> Tensor:
         return batch.to(device)
@@ -146,6 +173,9 @@ class _CodecTraining:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._order.position = int(state["position"])
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return processes.agreed(states)
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
         codec = self._loss.codec
@@ -199,6 +229,8 @@ class SoundSet:
 
     def __init__(self, store: RecordStore, rate_hz: int) -> None:
         self._store, self._rate_hz = store, rate_hz
+        self._lengths: dict[int, int] = {}
+        self._kept: dict[int, Any] = {}
         self._places = [(index, turn) for index in range(len(store)) for turn in range(store.num_sounds(index))]
         if not self._places:
             raise DataError("the data hold no sounds")
@@ -208,5 +240,18 @@ class SoundSet:
 
     def samples(self, item: int) -> Any:
         """float32 samples of one utterance."""
+        if item in self._kept:
+            return self._kept.pop(item)
         index, turn = self._places[item]
-        return self._store[index].utterances[turn].audio(self._rate_hz).samples_T
+        samples_T = self._store[index].utterances[turn].audio(self._rate_hz).samples_T
+        self._lengths[item] = len(samples_T)
+        return samples_T
+
+    def num_samples(self, item: int) -> int:
+        """Length of one utterance; it is decoded for that, once, and kept for who asks next."""
+        if item not in self._lengths:
+            samples_T = self.samples(item)
+            if len(self._kept) >= MAX_JOINED:
+                self._kept.clear()
+            self._kept[item] = samples_T
+        return self._lengths[item]

@@ -38,6 +38,8 @@ class CodecLoss(nn.Module):
         mel_floor_db: of the mel spectra.
     """
 
+    spares_parameters = True
+
     def __init__(
         self,
         codec: TrainableEncodec,

@@ -4,6 +4,9 @@ InfoNCE over the pairs of a batch in both directions (CLIP, arXiv 2103.00020). W
 same are positives of one another, their shares of a row equal (UniCL, arXiv 2204.03610): in data labelled with ten
 classes most of a batch would else be false negatives.
 
+Several processes meet in one loss, as one process has it on the whole batch: each gathers the embeddings of all and
+computes all of it, so every pair of the batch is a negative.
+
 Dimension key: B pairs, S sounds among them, E embedding.
 """
 
@@ -17,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizers_mm.sound_tower import SoundTower
+from tokenizers_mm.together import gathered, gathered_with_gradient, has_others
 
 PIXEL_MEAN = PIXEL_STD = 0.5
 
@@ -54,12 +58,18 @@ def equal_rows(ids_BL: Tensor) -> Tensor:
     return (ids_BL[:, None] == ids_BL[None]).all(dim=2)
 
 
+def _as_it_is(rows: Tensor) -> Tensor:
+    return rows
+
+
 class Towers(nn.Module):
     """A batch to its loss and figures; with `share_equal`, equal captions (and equal spoken texts) share their rows.
 
     A batch is `pixels` and caption `ids`; with a sound tower also `sounds`, the `owners` of these (rows of `pixels`)
     and `texts`, a number for what is said.
     """
+
+    spares_parameters = True
 
     def __init__(
         self,
@@ -79,19 +89,27 @@ class Towers(nn.Module):
         """The loss, and `matched`, `sound` (loss) and `sound_matched`; NaN where a batch has fewer than two sounds."""
         pixels = (batch["pixels"] - PIXEL_MEAN) / PIXEL_STD
         out = self.model(input_ids=batch["ids"], attention_mask=None, pixel_values=pixels, return_dict=True)
-        logits_BB, positives_BB = out.logits_per_image.float(), self._positives(batch["ids"])
+        # a validation batch is the same on every process: there is nothing to gather
+        together = gathered_with_gradient if self.training and has_others() else _as_it_is
+        logits_BB, ids_BL = out.logits_per_image, batch["ids"]
+        if together is not _as_it_is:
+            logits_BB = together(out.image_embeds) @ together(out.text_embeds).T * self.model.logit_scale.exp()
+            ids_BL = gathered(ids_BL)
+        logits_BB, positives_BB = logits_BB.float(), self._positives(ids_BL)
         loss = contrastive_loss(logits_BB, positives_BB)
         report = {"matched": matched_share(logits_BB, positives_BB)}
         if self.sound is None:
             return loss, report
-        if len(batch["owners"]) < 2:  # one sound alone has nothing to be told from
+        texts_S = together(batch["texts"])
+        if len(texts_S) < 2:  # one sound alone has nothing to be told from
             nothing = torch.tensor(math.nan, device=loss.device)
             return loss, {**report, "sound": nothing, "sound_matched": nothing}
         pictures_SE = out.image_embeds.float()[batch["owners"]]
-        vectors_SE = self.sound(batch["sounds"])
+        vectors_SE = self.sound(batch["sounds"]) if len(batch["owners"]) else torch.zeros_like(pictures_SE)
+        pictures_SE, vectors_SE = together(pictures_SE), together(vectors_SE)
         with torch.autocast(pictures_SE.device.type, enabled=False):
             logits_SS = self.sound.logit_scale.exp() * pictures_SE @ vectors_SE.T
-        positives_SS = self._positives(batch["texts"][:, None])
+        positives_SS = self._positives(texts_S[:, None])
         sound = contrastive_loss(logits_SS, positives_SS)
         report |= {"sound": sound, "sound_matched": matched_share(logits_SS, positives_SS)}
         return loss + self._sound_weight * sound, report

@@ -8,7 +8,8 @@ features/   the decoder from codes to the teacher's features, for evaluation and
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -20,6 +21,7 @@ from anygen.seeding import borrowed_randomness, seed_of
 from anygen.stages.base import StageConfig, StageResult, open_records
 from anygen.stages.picture_losses import DescribingLoss, DistillationLoss, DrawingLoss
 from anygen.stages.picture_phases import Describing, Distillation, Drawing, PictureBatches, make_vqkd
+from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
 from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig
 from tokenizers_mm.image import ImageTokenizer
@@ -32,6 +34,7 @@ from tokenizers_mm.vqkd import VQKDConfig
 class ImageTokenizerConfig(StageConfig):
     """Recipe of the stage."""
 
+    several_processes: ClassVar[bool] = True
     stage: Literal["image_tokenizer"] = "image_tokenizer"
     encoder: VQKDConfig = VQKDConfig()
     head: PixelHeadConfig = PixelHeadConfig()
@@ -58,6 +61,7 @@ class ImageTokenizerConfig(StageConfig):
     adversarial: PatchGANConfig = PatchGANConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     batch_size: int = Field(64, ge=1)
+    """Pictures a step, of all processes together."""
     steps_without_quantiser: int = Field(0, ge=0)
     """First steps, in which the encoder learns to tell patches apart, so that the codebook starts on what it says."""
     usage_window: int = Field(50, ge=1)
@@ -100,8 +104,14 @@ class ImageTokenizerConfig(StageConfig):
             raise ValueError("head_start: joint needs pixel_weight above 0, otherwise no head has been trained")
         return self
 
+    @property
+    def on_cpu(self) -> bool:
+        """True where the recipe wants no GPU."""
+        return self.vqkd_loop.device == "cpu"
+
     def check(self) -> None:
-        """A teacher that cannot be used is told before anything is moved or trained."""
+        """A teacher or batch size that cannot be used is told before anything is moved or trained."""
+        processes.own_rows(self.batch_size)
         open_teacher(self)
 
     def outside_inputs(self) -> Mapping[str, str]:
@@ -135,8 +145,7 @@ def main(config: ImageTokenizerConfig) -> StageResult:
     metrics |= train(drawing, config.head_loop, config.folder / "pixels", title="pixel head")
 
     outputs = [config.folder / "tokenizer"]
-    with publishing(config.folder / "tokenizer") as folder:
-        tokenizer.save(folder)
+    _save(tokenizer, outputs[0])
     if config.deep_weight or config.shallow_weight:
         features = vqkd.features
         if config.features_loop is not None and teacher is not None:
@@ -146,9 +155,16 @@ def main(config: ImageTokenizerConfig) -> StageResult:
             metrics |= train(describing, config.features_loop, config.folder / "described", title="feature decoder")
             features = describing_module.features.cpu()
         outputs.append(config.folder / "features")
-        with publishing(config.folder / "features") as folder:
-            features.save(folder)
+        _save(features, outputs[1])
     return StageResult(config.folder, tuple(outputs), metrics)
+
+
+def _save(made: ImageTokenizer | FeatureDecoder, path: Path) -> None:
+    """Publish what every process has; the others wait for the first."""
+    if processes.rank() == 0:
+        with publishing(path) as folder:
+            made.save(folder)
+    processes.wait()
 
 
 def open_teacher(config: ImageTokenizerConfig) -> VisionTeacher | None:

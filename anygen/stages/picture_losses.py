@@ -26,6 +26,8 @@ from tokenizers_mm.vqkd import VQKD, VQKDConfig
 class DistillationLoss(nn.Module):
     """VQ-KD's losses, weighted, and the monitor of its codebook."""
 
+    spares_parameters = True
+
     def __init__(
         self,
         vqkd: VQKD,
@@ -117,6 +119,8 @@ class DescribingLoss(nn.Module):
 
 class DrawingLoss(nn.Module):
     """L1 and MSE, SSIM, coarse colours, the teacher's shallow features, and late the judgement of a PatchGAN."""
+
+    spares_parameters = True
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from anygen.data.pictures import PictureSet
 from anygen.seeding import borrowed_randomness
 from anygen.stages.base import Shuffled
 from anygen.stages.picture_losses import DescribingLoss, DistillationLoss, DrawingLoss
+from anygen.training import processes
 from tokenizers_mm.image import ImageTokenizer
 from tokenizers_mm.pixels import PixelHead, PixelHeadConfig
 from tokenizers_mm.teacher import TeacherConfig, VisionTeacher
@@ -36,12 +37,14 @@ class PictureBatches:
     ) -> None:
         self.train, self.held_out, self.augmentation = train, held_out, augmentation
         self.order = Shuffled(len(train), batch_size, seed=seed)
+        self._batch_size, self._rows = batch_size, processes.own_rows(batch_size)
 
     def next(self) -> tuple[list[int], Tensor]:
-        """Item numbers and their pixels."""
-        items = self.order.next()
+        """Item numbers and their pixels: this process's part of the batch."""
+        items = self.order.next()[self._rows]
         generator = torch.Generator().manual_seed(self.order.generator().getrandbits(62))
-        return items, augment(self.train.pixels(items), self.augmentation, generator)
+        pixels = self.train.pixels(items)
+        return items, augment(pixels, self.augmentation, generator, rows=self._rows, of=self._batch_size)
 
     def state(self) -> dict[str, Any]:
         """JSON-able position in the stream of batches."""
@@ -74,6 +77,10 @@ class Distillation:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go to such a position."""
         self._batches.load_state(state)
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Every process stands at the same place of the whole stream."""
+        return processes.agreed(states)
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
         """Figures on held-out pictures, in fp32."""
@@ -153,6 +160,10 @@ class Describing:
         """Go to such a position."""
         self._batches.load_state(state)
 
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Every process stands at the same place of the whole stream."""
+        return processes.agreed(states)
+
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
         """Figures on held-out pictures, in fp32."""
         parts = []
@@ -191,6 +202,10 @@ class Drawing:
     def load_state(self, state: dict[str, Any]) -> None:
         """Go to such a position."""
         self._batches.load_state(state)
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Every process stands at the same place of the whole stream."""
+        return processes.agreed(states)
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
         """Figures on held-out pictures, in fp32."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +27,7 @@ from anygen.seeding import borrowed_randomness, seed_of
 from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records, open_text_tokenizer
 from anygen.stages.contrastive import PIXEL_MEAN, PIXEL_STD, Towers
 from anygen.stages.sound_pairs import SoundPairs
+from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
 from tokenizers_mm import compat  # noqa: F401  before transformers
 from tokenizers_mm.llm_text import SomeTextTokenizer
@@ -53,6 +54,7 @@ class TowerConfig(Config):
 class TeacherConfig(StageConfig):
     """Recipe of the stage."""
 
+    several_processes: ClassVar[bool] = True
     stage: Literal["teacher"] = "teacher"
     side_px: int = Field(64, ge=1)
     """Side of the pictures."""
@@ -69,7 +71,7 @@ class TeacherConfig(StageConfig):
     augmentation: AugmentationConfig = AugmentationConfig()
     """What else is done to each training picture."""
     batch_size: int = Field(128, ge=2)
-    """Every other pair of a batch is a negative, but for `equal_captions`."""
+    """Of all processes together. Every other pair of a batch is a negative, but for `equal_captions`."""
     equal_captions: Literal["negatives", "positives"] = "negatives"
     """What equal captions of a batch are to one another; `positives` (UniCL) for data labelled with few classes."""
     sound: TowerConfig | None = None
@@ -88,6 +90,15 @@ class TeacherConfig(StageConfig):
             check_width(self.sound.width, self.sound.num_heads)
         return self
 
+    @property
+    def on_cpu(self) -> bool:
+        """True where the recipe wants no GPU."""
+        return self.loop.device == "cpu"
+
+    def check(self) -> None:
+        """A batch size that cannot be divided is told before anything is moved."""
+        processes.own_rows(self.batch_size)
+
 
 def main(config: TeacherConfig) -> StageResult:
     """Train and save `model/`, and `sound/` where there is a sound tower."""
@@ -99,6 +110,14 @@ def main(config: TeacherConfig) -> StageResult:
     towers = Towers(model, sound, share_equal=share_equal, sound_weight=config.sound_weight)
     trainee = _Contrastive(config, towers, tokenizer)
     metrics = train(trainee, config.loop, config.folder, title="teacher")
+    outputs = [config.folder / "model"] + ([config.folder / "sound"] if sound is not None else [])
+    if processes.rank() == 0:
+        _save(config, model, sound)
+    processes.wait()
+    return StageResult(config.folder, tuple(outputs), metrics)
+
+
+def _save(config: TeacherConfig, model: Any, sound: SoundTower | None) -> None:
     with publishing(config.folder / "model") as folder:
         model.save_pretrained(folder)
         preprocessing: dict[str, Any] = {
@@ -108,12 +127,9 @@ def main(config: TeacherConfig) -> StageResult:
         }
         preprocessing |= {"size": {"height": config.side_px, "width": config.side_px}, "do_center_crop": False}
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing, indent=1) + "\n", encoding="utf-8")
-    outputs = [config.folder / "model"]
     if sound is not None:
-        outputs.append(config.folder / "sound")
-        with publishing(outputs[-1]) as folder:
+        with publishing(config.folder / "sound") as folder:
             sound.save(folder)
-    return StageResult(config.folder, tuple(outputs), metrics)
 
 
 def _create_sound(config: TeacherConfig) -> SoundTower:
@@ -170,12 +186,14 @@ class _Pairs:
             size = sound.config
             self.sounds = SoundPairs(store, indices, rate_hz=size.rate_hz, num_samples=size.num_samples)
 
-    def batch(self, items: list[int], generator: random.Random | None = None) -> dict[str, Tensor]:
-        """Pixels, and captions and sounds drawn from `generator`, or the first of each."""
-        pixels = self.pictures.pixels(items)
+    def batch(
+        self, items: list[int], generator: random.Random | None = None, *, rows: slice = slice(None)
+    ) -> dict[str, Tensor]:
+        """Pixels, and captions and sounds drawn from `generator`, or the first of each; of these rows of the batch."""
+        pixels = self.pictures.pixels(items[rows])
         captions = [self._captions[item] for item in items]
-        ids = torch.stack([generator.choice(some) if generator else some[0] for some in captions])
-        sounds = self.sounds.batch(items, generator) if self.sounds is not None else {}
+        ids = torch.stack([generator.choice(some) if generator else some[0] for some in captions])[rows]
+        sounds = self.sounds.batch(items, generator, rows=rows) if self.sounds is not None else {}
         return {"pixels": pixels, "ids": ids, **sounds}
 
     def _pieces(self, caption: str) -> Tensor:
@@ -195,16 +213,16 @@ class _Contrastive:
         self._held_out = _Pairs(config, "validation", tokenizer, towers.sound) if _has_validation(config) else None
         seed = seed_of(config.loop.seed, "teacher")
         self._order = Shuffled(len(self._train.pictures), config.batch_size, seed=seed)
+        self._rows = processes.own_rows(config.batch_size)
 
     def next_batch(self) -> dict[str, Tensor]:
         items = self._order.next()
         generator = self._order.generator()
         limit = self._config.max_shift_px
         shift = (generator.randint(-limit, limit), generator.randint(-limit, limit))
-        batch = self._train.batch(items, generator)
-        pixels = augment(
-            batch["pixels"], self._config.augmentation, torch.Generator().manual_seed(generator.getrandbits(62))
-        )
+        batch = self._train.batch(items, generator, rows=self._rows)
+        draws = torch.Generator().manual_seed(generator.getrandbits(62))
+        pixels = augment(batch["pixels"], self._config.augmentation, draws, rows=self._rows, of=len(items))
         return {**batch, "pixels": torch.roll(pixels, shift, dims=(2, 3))}
 
     def to_device(self, batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -215,6 +233,9 @@ class _Contrastive:
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._order.position = int(state["position"])
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return processes.agreed(states)
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
         """Loss and matched share of held-out pairs, in order and in batches of the training's size."""

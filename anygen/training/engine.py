@@ -19,7 +19,7 @@ from anygen.errors import ConfigError, TrainingError
 from anygen.training import checkpoint, processes, sharding
 from anygen.training.averaging import WeightAverage
 from anygen.training.checkpoint import Restored
-from anygen.training.parts import parts_of
+from anygen.training.parts import Sparing, parts_of
 from anygen.training.schedule import OptimizerConfig, make_optimizer
 from tokenizers_mm import compat  # noqa: F401  accelerate looks at the same fragile packages as transformers
 
@@ -52,18 +52,23 @@ class Engine:
     def __init__(
         self, module: nn.Module, optimizer: OptimizerConfig, *, bf16: bool, cpu: bool, checkpoints: Path
     ) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
 
         processes.join(cpu=cpu)
         # accelerate keeps one global state per process; stages that run after one another differ in precision
         AcceleratorState._reset_state(reset_partial_state=True)
-        self._accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
+        # Buffers are the same on every process, or are made so where they change (`tokenizers_mm.together`).
+        spares = isinstance(module, Sparing) and module.spares_parameters
+        replicas = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=spares)
+        self._accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no", kwargs_handlers=[replicas])
         self.device: torch.device = self._accelerator.device
         self._sharded = sharding.is_asked_for() and torch.distributed.is_initialized()
         self._max_grad_norm = optimizer.max_grad_norm
         self._folder, self.plain = checkpoints, module
         if self._sharded:
+            if isinstance(module, Sparing):
+                raise ConfigError("only the stage pretrain is sharded (FSDP); start this one with type MULTI_GPU")
             if optimizer.kind == "muon":
                 raise ConfigError("optimizer.kind: muon needs whole matrices; with FSDP use adamw")
             sharding.shard(module, self.device, bf16=bf16)

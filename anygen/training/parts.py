@@ -29,6 +29,13 @@ class InParts(Protocol):
         ...
 
 
+@runtime_checkable
+class Sparing(Protocol):
+    """A module whose steps do not all use every parameter: a discriminator that starts late, a tower without data."""
+
+    spares_parameters: bool
+
+
 def parts_of(module: nn.Module) -> Sequence[Part]:
     """The parts of a module, trainable parameters only."""
     whole = [Part(list(module.parameters()))]

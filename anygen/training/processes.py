@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from anygen.errors import ConfigError
 from tokenizers_mm import compat  # noqa: F401  accelerate looks at the same fragile packages as transformers
 
 
@@ -49,6 +50,21 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_rows(batch_size: int, name: str = "batch_size") -> slice:
+    """This process's rows of a batch of all: equal parts, in the order of ranks.
+
+    Raises:
+        ConfigError: it does not divide into equal parts; `name` is the recipe's field.
+    """
+    num_parts = count()
+    if batch_size % num_parts:
+        raise ConfigError(
+            f"{name}={batch_size} is of all processes together and must be a multiple of their number, {num_parts}"
+        )
+    size = batch_size // num_parts
+    return slice(rank() * size, (rank() + 1) * size)
+
+
 def wait() -> None:
     """Go on when all have come here."""
     if count() > 1:
@@ -70,6 +86,12 @@ def gathered(value: Any) -> list[Any]:
     found: list[Any] = [None] * count()
     dist.all_gather_object(found, value)
     return found
+
+
+def agreed(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one state that all processes have."""
+    assert all(state == states[0] for state in states), states
+    return states[0]
 
 
 def told(value: Any) -> Any:
