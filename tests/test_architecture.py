@@ -30,7 +30,7 @@ MEET_DECODERS = (
     "anygen/bundle.py",
     *(
         f"anygen/stages/{name}.py"
-        for name in ("decoder", "finishing", "vokens", "voken_losses", "prompt_vokens", "prompt_losses")
+        for name in ("decoder", "finishing", "vokens", "voken_losses", "prompt_vokens", "prompt_losses", "retrieval")
     ),
 )
 

@@ -66,14 +66,14 @@ class VokenTraining:
     def __init__(
         self, losses: VokenLoss, train: VokenData, held_out: VokenData, encode: Callable[[Tensor], Tensor]
     ) -> None:
-        self.losses, self._train, self._held_out, self._encode = losses, train, held_out, encode
+        self.losses, self.train, self.held_out, self.encode = losses, train, held_out, encode
         self.module: nn.Module = losses
         self._number = 0
 
     def next_batch(self) -> VokenBatch:
         """The next batch, on the CPU."""
         self._number += 1
-        return self._train.batch(self._number - 1)
+        return self.train.batch(self._number - 1)
 
     def to_device(self, batch: VokenBatch, device: torch.device) -> VokenBatch:
         """The batch where the module is."""
@@ -91,10 +91,10 @@ class VokenTraining:
         """Losses, text by modality, and the gap between own and other pictures' vokens, on held-out documents."""
         totals: dict[str, list[float]] = {}
         for number in range(_VALIDATION_BATCHES):
-            batch = self._held_out.batch(number).to(device)
+            batch = self.held_out.batch(number).to(device)
             with borrowed_randomness(number):  # the same noise each time
                 loss, report = module(batch)
-                figures = {"loss": loss, **report} | self.losses.gaps(batch, self._encode)
+                figures = {"loss": loss, **report} | self.losses.gaps(batch, self.encode)
             for name, value in figures.items():
                 if name not in ("flops", "tokens", "utilisation") and not math.isnan(float(value)):
                     totals.setdefault(name, []).append(float(value))

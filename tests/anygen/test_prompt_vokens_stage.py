@@ -130,9 +130,9 @@ def test_every_block_has_its_own_picture_and_the_text_before_it(phase: Any) -> N
     colours = {"cat.": (1, 0, 0), "comes.": (0, 0, 1), "red": (1, 0, 0), "green": (0, 0.5, 0), "blue": (0, 0, 1), "white": (1, 1, 1)}  # fmt: skip
     seen = set()
     for number in range(12):
-        batch = phase._train.batch(number)
+        batch = phase.train.batch(number)
         assert len(batch.captions) == len(batch.pixels_MCHW) > 0
-        again = phase._train.batch(number)
+        again = phase.train.batch(number)
         assert torch.equal(batch.pixels_MCHW, again.pixels_MCHW) and batch.captions == again.captions
         for caption, pixels in zip(batch.captions, batch.pixels_MCHW, strict=True):
             word = next(w for w in colours if w in caption.split())
@@ -142,7 +142,7 @@ def test_every_block_has_its_own_picture_and_the_text_before_it(phase: Any) -> N
 
 
 def test_the_three_terms_are_weighed_and_reach_rows_and_mapper(phase: Any) -> None:
-    losses, batch = phase.losses, phase._train.batch(0)
+    losses, batch = phase.losses, phase.train.batch(0)
     torch.manual_seed(0)
     loss, report = losses(batch)
     expected = 0.01 * report["text"] + report["denoise"] + 0.1 * report["align"]
@@ -159,7 +159,7 @@ def test_the_three_terms_are_weighed_and_reach_rows_and_mapper(phase: Any) -> No
 def test_without_a_caption_there_is_nothing_to_align(phase: Any) -> None:
     from dataclasses import replace
 
-    batch = phase._train.batch(0)
+    batch = phase.train.batch(0)
     silent = replace(batch, captions=("",) * len(batch.captions))
     assert phase.losses(silent)[1]["align"] == 0
 
