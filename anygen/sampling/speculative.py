@@ -21,15 +21,14 @@ import torch
 from anygen.grammar import Walk
 from tokenizers_mm.codes import Modality
 
-USUAL_WINDOW, MOST_ROWS = 8, 4
+USUAL_WINDOW, MOST_ROWS = 8, 2
 
 
 def usual_window(modality: Modality | None, num_rows: int, device: torch.device) -> int:
     """Codes a pass where nobody asks for a number: several where that was measured to be faster, else one.
 
-    So it was for pictures, on a CPU, with up to four rows (a picture with guidance has two). Beyond, a pass is bound by
-    its products, and a wrong guess costs as much as a code. Codes of sound are hardly ever guessed right
-    (benchmarks/README.md).
+    So it was for one picture on a CPU: one row, or two with guidance. Beyond, a pass is bound by its products, and a
+    wrong guess costs as much as a code. Codes of sound are hardly ever guessed right (benchmarks/README.md).
     """
     return USUAL_WINDOW if modality == "image" and num_rows <= MOST_ROWS and device.type == "cpu" else 1
 
