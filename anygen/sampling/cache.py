@@ -31,10 +31,10 @@ def bucket(length: int, longest: int) -> int:
 
 
 def snug(length: int, longest: int) -> int:
-    """The next multiple of a small step, an eighth of the length for long ones, at most `longest`.
+    """The next multiple of a small step, for long ones of a power of two up to an eighth of the length; at most `longest`.
 
     >>> snug(5, 4096), snug(130, 4096), snug(2000, 4096), snug(90, 90)
-    (32, 160, 2176, 90)
+    (32, 160, 2048, 90)
     """
     step = max(_STEP, 1 << (length // 8).bit_length() - 1 if length >= 8 * _STEP else 0)
     return max(min(-(-length // step) * step, longest), length)
