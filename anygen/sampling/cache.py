@@ -31,7 +31,7 @@ def bucket(length: int, longest: int) -> int:
 
 
 def snug(length: int, longest: int) -> int:
-    """The next multiple of a small step, for long ones of a power of two up to an eighth of the length; at most `longest`.
+    """The next multiple of a small step, of a power of two up to an eighth of long ones; at most `longest`.
 
     >>> snug(5, 4096), snug(130, 4096), snug(2000, 4096), snug(90, 90)
     (32, 160, 2048, 90)
