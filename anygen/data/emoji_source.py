@@ -14,7 +14,7 @@ from anygen.data.emoji_stories import make_story
 from anygen.data.records import Record, Utterance
 from anygen.data.scenes import is_countable, make_scene
 from anygen.data.source import Items, Source, SourceConfig, SplitName, flac_of, png_of
-from anygen.data.speech import HELD_OUT_VOICE, check_voices, parts_of, speak
+from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak, speaker_of
 from anygen.errors import ConfigError
 
 
@@ -39,8 +39,8 @@ class EmojiSource(SourceConfig):
 
     def open(self) -> Source:
         """The source itself."""
-        held_out = {parts_of(voice)[0] for voice in (HELD_OUT_VOICE, *self.unheard_voices)}
-        if shared := [voice for voice in self.voices if parts_of(voice)[0] in held_out]:
+        held_out = {speaker_of(voice) for voice in (HELD_OUT_VOICE, *self.unheard_voices)}
+        if shared := [voice for voice in self.voices if speaker_of(voice) in held_out]:
             raise ConfigError(f"voice {min(shared)!r} is held out for evaluation; take it out of `voices`")
         if self.spoken_scene_share and not self.voices:
             raise ConfigError("spoken_scene_share needs a voice that speaks the questions: name some in `voices`")

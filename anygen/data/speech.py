@@ -41,7 +41,7 @@ def check_voices(voices: tuple[str, ...]) -> None:
                 f"{voice!r} is not a voice; write a flite voice (slt) or espeak:LANGUAGE+VARIANT (espeak:en-us+f3), "
                 "and behind it how high and fast in percent, if wanted (slt@90)"
             )
-        speaker, speed = parts_of(voice)
+        speaker, speed = speaker_of(voice), speed_of(voice)
         if not 0.5 <= speed <= 2:
             raise DataError(f"voice {voice!r} speaks at {speed:.0%} of its height and speed; that must be 50 to 200")
         if not voice.startswith("espeak:") and speaker not in FLITE_VOICES:
@@ -51,14 +51,22 @@ def check_voices(voices: tuple[str, ...]) -> None:
             raise MissingDependency(f"voice {voice!r} needs {program} (Debian: apt-get install {program})")
 
 
-def parts_of(voice: str) -> tuple[str, float]:
-    """A voice's speaker and speed.
+def speaker_of(voice: str) -> str:
+    """A voice without its speed.
 
-    >>> parts_of("slt"), parts_of("espeak:en-us+f3@110")
-    (('slt', 1.0), ('espeak:en-us+f3', 1.1))
+    >>> speaker_of("espeak:en-us+f3@110")
+    'espeak:en-us+f3'
     """
-    speaker, _, percent = voice.partition("@")
-    return speaker, int(percent or 100) / 100
+    return voice.partition("@")[0]
+
+
+def speed_of(voice: str) -> float:
+    """How high and fast a voice speaks.
+
+    >>> speed_of("slt"), speed_of("slt@90")
+    (1.0, 0.9)
+    """
+    return int(voice.partition("@")[2] or 100) / 100
 
 
 def speak(text: str, voice: str) -> Audio:
@@ -68,7 +76,7 @@ def speak(text: str, voice: str) -> Audio:
         DataError: the program cannot speak this text.
         AnyGenError: the program was stopped, which says nothing about the text.
     """
-    speaker, speed = parts_of(voice)
+    speaker = speaker_of(voice)
     with tempfile.TemporaryDirectory() as folder:
         words, sound = Path(folder, "words.txt"), Path(folder, "sound.wav")
         words.write_text(text, encoding="utf-8")
@@ -83,7 +91,7 @@ def speak(text: str, voice: str) -> Audio:
             audio = load_sound(sound, rate_hz=RATE_HZ)
         except ValueError as error:
             raise DataError(f"voice {voice!r} could not speak {text!r}: {error}") from error
-    samples_T = trimmed(Audio(audio.samples_T, round(RATE_HZ * speed)).resampled(RATE_HZ).samples_T)
+    samples_T = trimmed(Audio(audio.samples_T, round(RATE_HZ * speed_of(voice))).resampled(RATE_HZ).samples_T)
     return Audio(samples_T * np.float32(0.7 / max(float(np.abs(samples_T).max()), 1e-3)), RATE_HZ)
 
 

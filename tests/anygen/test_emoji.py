@@ -181,6 +181,8 @@ def test_voices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(DataError):
             check_voices((voice,))
+        with pytest.raises(DataError):
+            EmojiSource(voices=(voice,)).open()
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(MissingDependency, match="apt-get install flite"):
         check_voices(("slt",))
