@@ -127,7 +127,7 @@ def make_quantizer(
 def nearest(similarity_HSV: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
     """The nearest codes, H x S, and one-hot rows H x S x V: VectorQuantize's own choice without its int64 rows.
 
-    Those were a quarter of a training step with 8,192 codes on a CPU.
+    Those were a sixth of a training step with 8,192 codes on a CPU.
     """
     codes_HS = similarity_HSV.argmax(dim=-1)
     return codes_HS, torch.zeros_like(similarity_HSV).scatter_(-1, codes_HS[..., None], 1.0)
