@@ -1,10 +1,11 @@
-"""A folder of pictures and sounds as a source: with a `metadata.jsonl`, or a plain tree of pictures.
+"""A folder of pictures and sounds as a source: with a `metadata.jsonl`, or a plain tree of them.
 
-Both are ImageFolder layouts. `metadata.jsonl` decides alone where there is one. Without it every picture below the
-folder is an item, and the class folder it lies in is its caption:
+Both are ImageFolder layouts. `metadata.jsonl` decides alone where there is one. Without it every picture and sound
+below the folder is an item, and the class folder it lies in is its caption:
 
     birds/great_tit/0001.jpg     "great tit"
     birds/great_tit/nest/2.png   "great tit"
+    birds/great_tit/song.ogg     "great tit"
     birds/3.webp                 no caption
 """
 
@@ -30,12 +31,13 @@ from tokenizers_mm.media import load_picture, load_sound
 logger = logging.getLogger("anygen")
 METADATA = "metadata.jsonl"
 PICTURE_ENDINGS = (*PICTURE_TYPES, "gif", "bmp")
+_ENDINGS = (*PICTURE_ENDINGS, *SOUND_TYPES)
 Row = Mapping[str, Any]
 """`file_name`, `text` and `line` (0 without a `metadata.jsonl`), and whatever else the user wrote."""
 
 
 class FolderSource(SourceConfig):
-    """A folder of pictures and sounds: with `metadata.jsonl` (`file_name`, `text`), or a plain tree of pictures."""
+    """A folder of pictures and sounds: with `metadata.jsonl` (`file_name`, `text`), or a plain tree of them."""
 
     kind: Literal["folder"] = "folder"
     path: Path
@@ -127,7 +129,7 @@ def _row(path: Path, number: int, line: str) -> Row:
 
 
 def _tree_rows(root: Path, *, warn: bool = False) -> list[Row]:
-    """Every picture of a plain tree, by name; what is hidden is skipped, what else is no picture counted."""
+    """Every picture and sound of a plain tree, by name; what is hidden is skipped, what is neither is counted."""
     names: list[str] = []
     ignored: list[str] = []
     for folder, folders, files in os.walk(root):  # links to folders are listed, not followed: they may lead anywhere
@@ -135,15 +137,17 @@ def _tree_rows(root: Path, *, warn: bool = False) -> list[Row]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (name for name in (*files, *links) if not name.startswith(".")):
             path = (Path(folder) / name).relative_to(root).as_posix()
-            is_picture = name in files and _is_utf8(path) and name.lower().rpartition(".")[2] in PICTURE_ENDINGS
-            (names if is_picture else ignored).append(path)
+            is_read = name in files and _is_utf8(path) and name.lower().rpartition(".")[2] in _ENDINGS
+            (names if is_read else ignored).append(path)
     if not names:
         raise DataError(
-            f"{root} holds no pictures ({', '.join(PICTURE_ENDINGS)}) and no {METADATA}; "
-            "put pictures there, in one folder for each class where they have classes"
+            f"{root} holds no pictures or sounds ({', '.join(_ENDINGS)}) and no {METADATA}; "
+            "put them there, in one folder for each class where they have classes"
         )
     if ignored and warn:
-        logger.warning("%s: ignored %d files that are no pictures; first: %r", root, len(ignored), min(ignored))
+        logger.warning(
+            "%s: ignored %d files that are no pictures and no sounds; first: %r", root, len(ignored), min(ignored)
+        )
     return [{"file_name": name, "text": _class_of(name), "line": 0} for name in sorted(names)]
 
 

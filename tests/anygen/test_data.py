@@ -277,24 +277,28 @@ def items_of(source: FolderSource) -> list[Any]:
     return [item for items in source.open().items().values() for item in items]
 
 
-def test_a_plain_folder_gives_its_pictures_with_their_class_as_caption(
+def test_a_plain_folder_gives_its_pictures_and_sounds_with_their_class_as_caption(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = FolderSource(path=tree_of(tmp_path / "d"), picture_side_px=10)
     opened = source.open()
     (warning,) = caplog.messages
-    assert "ignored 2 files that are no pictures" in warning
+    assert "ignored 1 files that are no pictures and no sounds" in warning
     for split, rows in opened.items().items():
         assert rows == sorted(rows, key=lambda row: row["file_name"])
         assert all(split_by_key(row["file_name"]) == split for row in rows)
     rows = items_of(source)
     captions = {row["file_name"]: opened.record(row).captions for row in rows}
     classed = {"great_tit/1.bmp", "great_tit/3.webp", *(f"great_tit/nest/{n}" for n in ("0.JPG", "2.gif", "4.png"))}
-    assert captions == {**{name: ("great tit",) for name in classed}, "loose.png": ()}
+    sound = opened.record(next(row for row in rows if row["file_name"] == "great_tit/hi.flac"))
+    assert captions == {**{name: ("great tit",) for name in (*classed, "great_tit/hi.flac")}, "loose.png": ()}
+    assert sound.picture is None and sound.utterances[0].text == "great tit"
     for row in rows:
+        if row["file_name"].endswith(".flac"):
+            continue
         picture = Image.open(io.BytesIO(opened.record(row).picture or b""))
         assert picture.size == ((4, 4) if row["file_name"] == "loose.png" else (10, 5))
-    assert len({opened.record(row).key for row in rows}) == 6
+    assert len({opened.record(row).key for row in rows}) == 7
 
 
 def test_metadata_decides_alone_where_there_is_one(tmp_path: Path) -> None:
@@ -336,9 +340,11 @@ def test_links_out_of_a_plain_folder_are_refused(tmp_path: Path) -> None:
         source.open().record(rows["circle.png"])
 
 
-def test_a_folder_without_pictures_says_what_it_needs(tmp_path: Path) -> None:
+def test_a_folder_without_pictures_and_sounds_says_what_it_needs(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("notes")
-    with pytest.raises(DataError, match=r"holds no pictures \(png, .*\) and no metadata\.jsonl; put pictures there"):
+    with pytest.raises(
+        DataError, match=r"holds no pictures or sounds \(png, .*, ogg\) and no metadata\.jsonl; put them"
+    ):
         FolderSource(path=tmp_path).open()
 
 
