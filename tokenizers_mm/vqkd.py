@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from tokenizers_mm.config import Config
 from tokenizers_mm.features import FeatureDecoder, FeatureDecoderConfig, cosine_loss, task_layer
-from tokenizers_mm.pixels import PixelHead, colour_loss
+from tokenizers_mm.pixels import PixelHead, neighbour_loss
 from tokenizers_mm.quantizer import QuantizerConfig, codebooks_of, is_started, make_quantizer
 from tokenizers_mm.ssim import structure_loss
 from tokenizers_mm.teacher import TeacherConfig, TeacherFeatures
@@ -66,7 +66,7 @@ class VQKDLosses:
     commitment: Tensor
     pixels: Tensor
     structure: Tensor
-    colour: Tensor
+    neighbours: Tensor
     codes: Tensor | None
     """B x N, or B x K x N with several codebooks; None where nothing was quantised."""
 
@@ -159,16 +159,24 @@ class VQKD(nn.Module):
         self.pixel_head, self._structure = pixel_head, structure
         self.patch_px = config.patch_px
 
-    def forward(self, pixels_BCHW: Tensor, target: TeacherFeatures | None, *, quantise: bool = True) -> VQKDLosses:
+    def forward(
+        self,
+        pixels_BCHW: Tensor,
+        target: TeacherFeatures | None,
+        *,
+        quantise: bool = True,
+        neighbours_BCHW: Tensor | None = None,
+    ) -> VQKDLosses:
         """Losses of one batch of pixels in [0, 1].
 
         Args:
             pixels_BCHW: the pictures.
             target: the teacher's features; None leaves the losses to the teacher at 0.
             quantise: False lets the encoder learn before there are codes: they then start on vectors that differ.
+            neighbours_BCHW: for each picture another that its drawing is not to be mistaken for; None leaves that out.
         """
         grid_hw = (pixels_BCHW.shape[2] // self.patch_px, pixels_BCHW.shape[3] // self.patch_px)
-        deep = shallow = pixels = structure = colour = commitment = torch.zeros((), device=pixels_BCHW.device)
+        deep = shallow = pixels = structure = neighbours = commitment = pixels_BCHW.new_zeros(())
         codes = None
         if quantise:
             quantised_BNX, codes, commitment = self.encoder(pixels_BCHW)
@@ -181,7 +189,8 @@ class VQKD(nn.Module):
         if self.pixel_head is not None:
             drawn_BCHW = self.pixel_head(quantised_BNX, grid_hw).float()
             pixels = F.mse_loss(drawn_BCHW, pixels_BCHW)
-            colour = colour_loss(drawn_BCHW, pixels_BCHW)
             if self._structure:
                 structure = structure_loss(drawn_BCHW, pixels_BCHW)
-        return VQKDLosses(deep, shallow, commitment, pixels, structure, colour, codes)
+            if neighbours_BCHW is not None:
+                neighbours = neighbour_loss(drawn_BCHW, pixels_BCHW, neighbours_BCHW)
+        return VQKDLosses(deep, shallow, commitment, pixels, structure, neighbours, codes)

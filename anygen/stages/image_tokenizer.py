@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from anygen.data.augmentation import AugmentationConfig
+from anygen.data.neighbours import nearest_pictures
 from anygen.data.pictures import PictureSet
 from anygen.errors import ConfigError
 from anygen.files import publishing, sha256_of
@@ -48,16 +50,16 @@ class ImageTokenizerConfig(StageConfig):
     """Weight of drawing already while the codes form; 0 is VQ-KD alone."""
     joint_structure_weight: float = Field(0.0, ge=0)
     """Weight of 1 - SSIM in that drawing."""
-    joint_colour_weight: float = Field(0.0, ge=0, exclude_if=lambda weight: weight == 0)
-    """Weight of the error of 4 x 4-pixel means in that drawing."""
+    joint_neighbour_weight: float = Field(0.0, ge=0, exclude_if=lambda weight: weight == 0)
+    """Weight of errors that lead to another picture of the training split, one of the four nearest, in that drawing."""
     head_start: Literal["new", "joint"] = "new"
     """Where the second phase's pixel head starts: untrained, or from the one that drew while the codes formed."""
     perceptual_weight: float = Field(0.0, ge=0)
     """Weight of the teacher's shallow features in the pixel head's loss."""
     structure_weight: float = Field(0.0, ge=0)
     """Weight of 1 - SSIM in the pixel head's loss."""
-    colour_weight: float = Field(0.0, ge=0, exclude_if=lambda weight: weight == 0)
-    """Weight of the error of 4 x 4-pixel means in the pixel head's loss."""
+    neighbour_weight: float = Field(0.0, ge=0, exclude_if=lambda weight: weight == 0)
+    """Weight of errors that lead to such a neighbour in the pixel head's loss."""
     adversarial: PatchGANConfig = PatchGANConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     batch_size: int = Field(64, ge=1)
@@ -91,7 +93,7 @@ class ImageTokenizerConfig(StageConfig):
                 f"adversarial.layers={self.adversarial.layers} needs pictures of {seen} px or more; "
                 f"side_px is {self.encoder.side_px}"
             )
-        for name in ("joint_structure_weight", "joint_colour_weight"):
+        for name in ("joint_structure_weight", "joint_neighbour_weight"):
             if getattr(self, name) and not self.pixel_weight:
                 raise ValueError(f"{name} needs pixel_weight above 0, otherwise nothing is drawn")
         if (self.structure_weight or self.joint_structure_weight) and self.encoder.side_px < 11:
@@ -127,8 +129,13 @@ def main(config: ImageTokenizerConfig) -> StageResult:
     teacher = open_teacher(config)
     pictures = _pictures(config)
 
+    compared = config.joint_neighbour_weight or config.neighbour_weight
+    neighbours_NK = nearest_pictures(pictures[0]) if compared else None
+
     losses = distillation_loss(config, teacher)
-    batches = _batches(config, pictures, config.vqkd_loop.seed, "vqkd")
+    batches = _batches(
+        config, pictures, config.vqkd_loop.seed, "vqkd", neighbours_NK if config.joint_neighbour_weight else None
+    )
     distillation = Distillation(losses, batches, config.encoder)
     metrics = train(distillation, config.vqkd_loop, config.folder / "vqkd", title="vqkd")
     vqkd = losses.vqkd.cpu()
@@ -139,9 +146,10 @@ def main(config: ImageTokenizerConfig) -> StageResult:
         head.load_state_dict(vqkd.pixel_head.state_dict())
     tokenizer = ImageTokenizer(config.encoder, vqkd.encoder, config.head, head)
     head.requires_grad_(True)
-    drawing = Drawing(
-        drawing_loss(config, tokenizer, teacher), _batches(config, pictures, config.head_loop.seed, "head"), tokenizer
+    batches = _batches(
+        config, pictures, config.head_loop.seed, "head", neighbours_NK if config.neighbour_weight else None
     )
+    drawing = Drawing(drawing_loss(config, tokenizer, teacher), batches, tokenizer)
     metrics |= train(drawing, config.head_loop, config.folder / "pixels", title="pixel head")
 
     outputs = [config.folder / "tokenizer"]
@@ -202,7 +210,7 @@ def distillation_loss(config: ImageTokenizerConfig, teacher: VisionTeacher | Non
         "commitment": config.commitment_weight,
         "pixels": config.pixel_weight,
         "structure": config.joint_structure_weight,
-        "colour": config.joint_colour_weight,
+        "neighbours": config.joint_neighbour_weight,
     }
     return DistillationLoss(
         vqkd,
@@ -224,7 +232,7 @@ def drawing_loss(config: ImageTokenizerConfig, tokenizer: ImageTokenizer, teache
             teacher if config.perceptual_weight else None,
             perceptual_weight=config.perceptual_weight,
             structure_weight=config.structure_weight,
-            colour_weight=config.colour_weight,
+            neighbour_weight=config.neighbour_weight,
             gan=config.adversarial,
             gan_start=round(config.adversarial.start_share * config.head_loop.steps),
         )
@@ -250,8 +258,16 @@ def _pictures(config: ImageTokenizerConfig) -> tuple[PictureSet, PictureSet]:
 
 
 def _batches(
-    config: ImageTokenizerConfig, pictures: tuple[PictureSet, PictureSet], seed: int, phase: str
+    config: ImageTokenizerConfig,
+    pictures: tuple[PictureSet, PictureSet],
+    seed: int,
+    phase: str,
+    neighbours_NK: Tensor | None = None,
 ) -> PictureBatches:
     return PictureBatches(
-        *pictures, batch_size=config.batch_size, augmentation=config.augmentation, seed=seed_of(seed, phase)
+        *pictures,
+        batch_size=config.batch_size,
+        augmentation=config.augmentation,
+        seed=seed_of(seed, phase),
+        neighbours_NK=neighbours_NK,
     )

@@ -16,7 +16,7 @@ from tokenizers_mm.patchgan import (
     discriminator_loss,
     head_loss,
 )
-from tokenizers_mm.pixels import PixelHead, colour_loss, pixel_loss
+from tokenizers_mm.pixels import PixelHead, neighbour_loss, pixel_loss
 from tokenizers_mm.ssim import structure_loss
 from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
 from tokenizers_mm.usage import UsageMonitor
@@ -49,18 +49,20 @@ class DistillationLoss(nn.Module):
             UsageMonitor(config.codebook_size, window=usage_window, alarm=usage_alarm) for _ in range(books)
         )
 
-    def forward(self, pixels_BCHW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixels to the weighted loss and its parts."""
+    def forward(self, batch: tuple[Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(pixels, those of a neighbour of each) to the weighted loss and its parts."""
+        pixels_BCHW, neighbours_BCHW = batch
         quantise = int(self._step) >= self._start
         self._step += 1
-        losses = self.vqkd(pixels_BCHW, self.target(pixels_BCHW), quantise=quantise)
+        target = self.target(pixels_BCHW)
+        losses = self.vqkd(pixels_BCHW, target, quantise=quantise, neighbours_BCHW=neighbours_BCHW)
         parts = {
             "deep": losses.deep,
             "shallow": losses.shallow,
             "commitment": losses.commitment,
             "pixels": losses.pixels,
             "structure": losses.structure,
-            "colour": losses.colour,
+            "neighbours": losses.neighbours,
         }
         loss = torch.stack([self._weights[name] * part for name, part in parts.items()]).sum()
         if losses.codes is None:
@@ -118,7 +120,7 @@ class DescribingLoss(nn.Module):
 
 
 class DrawingLoss(nn.Module):
-    """L1 and MSE, SSIM, coarse colours, the teacher's shallow features, and late the judgement of a PatchGAN."""
+    """L1 and MSE, SSIM, neighbours, the teacher's shallow features, and late a PatchGAN's judgement."""
 
     spares_parameters = True
 
@@ -130,31 +132,31 @@ class DrawingLoss(nn.Module):
         *,
         perceptual_weight: float,
         structure_weight: float,
-        colour_weight: float,
+        neighbour_weight: float,
         gan: PatchGANConfig,
         gan_start: int,
     ) -> None:
         super().__init__()
         self.head, self._grid_hw, self._teacher = head, grid_hw, [teacher]
         self._perceptual_weight, self._structure_weight = perceptual_weight, structure_weight
-        self._colour_weight = colour_weight
+        self._neighbour_weight = neighbour_weight
         self._gan, self._gan_start = gan, gan_start
         self.discriminator = PatchDiscriminator(gan) if gan.weight else None
         self._step: Tensor
         self.register_buffer("_step", torch.zeros((), dtype=torch.long))
 
-    def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(code vectors, pixels) to the loss and its parts."""
-        vectors_BNX, pixels_BCHW = batch
+    def forward(self, batch: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(code vectors, pixels, those of a neighbour of each) to the loss and its parts."""
+        vectors_BNX, pixels_BCHW, neighbours_BCHW = batch
         drawn_BCHW = self.head(vectors_BNX, self._grid_hw).float()
         loss = pixel_loss(drawn_BCHW, pixels_BCHW)
         report = {"mse": F.mse_loss(drawn_BCHW, pixels_BCHW)}
         if self._structure_weight:
             structure = structure_loss(drawn_BCHW, pixels_BCHW)
             loss, report["ssim"] = loss + self._structure_weight * structure, 1 - structure
-        if self._colour_weight:
-            report["colour"] = colour_loss(drawn_BCHW, pixels_BCHW)
-            loss = loss + self._colour_weight * report["colour"]
+        if neighbours_BCHW is not None:
+            report["neighbours"] = neighbour_loss(drawn_BCHW, pixels_BCHW, neighbours_BCHW)
+            loss = loss + self._neighbour_weight * report["neighbours"]
         if (teacher := self._teacher[0]) is not None and self._perceptual_weight:
             target = teacher(pixels_BCHW, self._grid_hw).shallow_BND
             perceptual = F.mse_loss(teacher.differentiable(drawn_BCHW, self._grid_hw), target)

@@ -5,7 +5,7 @@ A third one may follow: a larger decoder from the codes, now frozen, to the teac
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,20 @@ from tokenizers_mm.usage import usage_of
 from tokenizers_mm.vqkd import VQKD, VQKDConfig
 
 
+class PictureBatch(NamedTuple):
+    """Some pictures of the training split, on the CPU."""
+
+    items: list[int]
+    pixels_BCHW: Tensor
+    neighbours_BCHW: Tensor | None
+
+
 class PictureBatches:
-    """Batches of pixels of the training split, augmented, and the held-out pictures."""
+    """Batches of pixels of the training split, augmented, and the held-out pictures.
+
+    With `neighbours_NK`, the item numbers of each picture's neighbours, one of them comes with each picture, under the
+    same augmentation.
+    """
 
     def __init__(
         self,
@@ -34,17 +46,28 @@ class PictureBatches:
         batch_size: int,
         augmentation: AugmentationConfig,
         seed: int,
+        neighbours_NK: Tensor | None = None,
     ) -> None:
         self.train, self.held_out, self.augmentation = train, held_out, augmentation
+        self._neighbours_NK = neighbours_NK
         self.order = Shuffled(len(train), batch_size, seed=seed)
         self._batch_size, self._rows = batch_size, processes.own_rows(batch_size)
 
-    def next(self) -> tuple[list[int], Tensor]:
-        """Item numbers and their pixels: this process's part of the batch."""
+    def next(self) -> PictureBatch:
+        """This process's part of the next batch."""
         items = self.order.next()[self._rows]
-        generator = torch.Generator().manual_seed(self.order.generator().getrandbits(62))
+        draws = self.order.generator()
+        seed = draws.getrandbits(62)
+        neighbours_BCHW = None
+        if self._neighbours_NK is not None:
+            places_B = [draws.randrange(self._neighbours_NK.shape[1]) for _ in range(self._batch_size)][self._rows]
+            neighbours_BCHW = self._augmented(self._neighbours_NK[items, places_B].tolist(), seed)
+        return PictureBatch(items, self._augmented(items, seed), neighbours_BCHW)
+
+    def _augmented(self, items: list[int], seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
         pixels = self.train.pixels(items)
-        return items, augment(pixels, self.augmentation, generator, rows=self._rows, of=self._batch_size)
+        return augment(pixels, self.augmentation, generator, rows=self._rows, of=self._batch_size)
 
     def state(self) -> dict[str, Any]:
         """JSON-able position in the stream of batches."""
@@ -62,13 +85,13 @@ class Distillation:
         self.losses, self._batches, self._config = losses, batches, config
         self.module: nn.Module = losses
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self) -> PictureBatch:
         """The next batch, on the CPU."""
-        return self._batches.next()[1]
+        return self._batches.next()
 
-    def to_device(self, batch: Tensor, device: torch.device) -> Tensor:
-        """The batch where the module is."""
-        return batch.to(device)
+    def to_device(self, batch: PictureBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """(pixels, those of the neighbours) where the module is."""
+        return batch.pixels_BCHW.to(device), _moved(batch.neighbours_BCHW, device)
 
     def state(self) -> dict[str, Any]:
         """JSON-able position in the stream of batches."""
@@ -144,13 +167,13 @@ class Describing:
         self._codes = FrozenCodes(tokenizer, keep=batches.augmentation == AugmentationConfig())
         self._held_out = FrozenCodes(tokenizer, keep=False)
 
-    def next_batch(self) -> tuple[list[int], Tensor]:
+    def next_batch(self) -> PictureBatch:
         """The next batch, on the CPU."""
         return self._batches.next()
 
-    def to_device(self, batch: tuple[list[int], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    def to_device(self, batch: PictureBatch, device: torch.device) -> tuple[Tensor, Tensor]:
         """(code vectors, pixels) where the module is."""
-        return self._codes.vectors(*batch, device)
+        return self._codes.vectors(batch.items, batch.pixels_BCHW, device)
 
     def state(self) -> dict[str, Any]:
         """JSON-able position in the stream of batches."""
@@ -187,13 +210,14 @@ class Drawing:
         self._batches, self._tokenizer = batches, tokenizer
         self._codes = FrozenCodes(tokenizer, keep=batches.augmentation == AugmentationConfig())
 
-    def next_batch(self) -> tuple[list[int], Tensor]:
+    def next_batch(self) -> PictureBatch:
         """The next batch, on the CPU."""
         return self._batches.next()
 
-    def to_device(self, batch: tuple[list[int], Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
-        """(code vectors, pixels) where the module is."""
-        return self._codes.vectors(*batch, device)
+    def to_device(self, batch: PictureBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(code vectors, pixels, those of the neighbours) where the module is."""
+        found = self._codes.vectors(batch.items, batch.pixels_BCHW, device)
+        return *found, _moved(batch.neighbours_BCHW, device)
 
     def state(self) -> dict[str, Any]:
         """JSON-able position in the stream of batches."""
@@ -221,6 +245,10 @@ class Drawing:
         """Compile the repeated blocks."""
         for block in self._tokenizer.pixel_head.transformer.blocks:
             block.compile()
+
+
+def _moved(pixels: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if pixels is None else pixels.to(device)
 
 
 def make_vqkd(

@@ -84,7 +84,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "finer grid": {"encoder": {"patch_px": 4}},
     "late codes": {"steps_without_quantiser": 2},
     "muon": {"vqkd_loop": {"optimizer": {"kind": "muon"}}},
-    "colours": {"pixel_weight": 1.0, "joint_colour_weight": 3.0, "colour_weight": 2.0},
+    "neighbours": {"pixel_weight": 1.0, "joint_neighbour_weight": 3.0, "neighbour_weight": 2.0},
     "described": {"features_loop": {"steps": 4, "log_every": 1, "save_every": 2, "precision": "fp32"}},
     "described, augmented": {
         "features_loop": {"steps": 2, "log_every": 1, "save_every": 2, "precision": "fp32"},
@@ -123,10 +123,11 @@ def test_every_variant_trains_saves_and_encodes(root: Path, tmp_path: Path, fiel
         assert (row["structure"] > 0) == ("joint_structure_weight" in fields)
         parts = row["deep"] * config.deep_weight + row["shallow"] * config.shallow_weight + row["commitment"]
         parts += row["pixels"] * config.pixel_weight + row["structure"] * config.joint_structure_weight
-        parts += row["colour"] * config.joint_colour_weight
+        parts += row["neighbours"] * config.joint_neighbour_weight
+        assert (row["neighbours"] > 0) == (config.joint_neighbour_weight > 0)
         assert row["loss"] == pytest.approx(parts, rel=1e-4)
     drawn = [json.loads(line) for line in (config.folder / "pixels" / "metrics.jsonl").read_text().splitlines()]
-    assert all(("colour" in row) == (config.colour_weight > 0) for row in drawn)
+    assert all(("neighbours" in row) == (config.neighbour_weight > 0) for row in drawn)
     if config.features_loop:
         rows = [json.loads(line) for line in (config.folder / "described" / "metrics.jsonl").read_text().splitlines()]
         assert len(rows) == config.features_loop.steps

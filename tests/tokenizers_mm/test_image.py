@@ -14,7 +14,7 @@ from PIL import Image
 from tokenizers_mm.codes import Codes
 from tokenizers_mm.errors import CheckpointError, DataError, InputError
 from tokenizers_mm.image import ImageTokenizer, square, to_picture, to_pixels
-from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, colour_loss
+from tokenizers_mm.pixels import PixelHead, PixelHeadConfig, neighbour_loss
 from tokenizers_mm.teacher import TeacherFeatures, VisionTeacher
 from tokenizers_mm.vit import Transformer, from_patches, positions, to_patches, windows
 from tokenizers_mm.vqkd import VQKD, PictureEncoder, VQKDConfig
@@ -260,13 +260,15 @@ def test_vqkd_losses_are_cosine(clip_folder: Path) -> None:
     assert float(cosine_loss(-target, target)) == pytest.approx(2.0, abs=1e-6)
 
 
-def test_colour_loss_sees_areas_and_hardly_edges() -> None:
+def test_neighbour_loss_is_the_share_of_the_way_to_another_picture() -> None:
     generator = torch.Generator().manual_seed(0)
-    picture = torch.rand(1, 3, 16, 16, generator=generator)
-    shade = picture.clone()
-    shade[:, :, 4:8, 8:12] += 0.1  # one area of 4 x 4
-    assert float(colour_loss(shade, picture)) == pytest.approx(0.01 / 16, rel=1e-4)
-    checks = picture + 0.1 * (1 - 2.0 * ((torch.arange(16)[:, None] + torch.arange(16)) % 2))
-    assert float(colour_loss(checks, picture)) < 1e-12 < float(F.mse_loss(checks, picture))
-    odd = torch.rand(2, 3, 6, 10, generator=generator)
-    assert float(colour_loss(odd, odd)) == 0 and torch.isfinite(colour_loss(odd, odd + 1))
+    picture = torch.rand(2, 3, 16, 16, generator=generator)
+    other = picture.clone()
+    other[:, :, 4:8, 8:12] += 0.5  # one area of 4 x 4 tells the two apart
+    for share in (0.0, 0.25, 0.5, 1.0):
+        drawn = picture + share * (other - picture)
+        assert float(neighbour_loss(drawn, picture, other)) == pytest.approx(share**2, abs=0.04)
+    elsewhere = picture.clone()
+    elsewhere[:, :, 12:] = 0  # a large error in what they have in common
+    assert float(neighbour_loss(elsewhere, picture, other)) == 0 < float(F.mse_loss(elsewhere, picture))
+    assert float(neighbour_loss(other, picture, picture)) == 0, "pictures that are equal cannot be told apart"
