@@ -132,8 +132,9 @@ class TrainableEncodec(nn.Module):
         return all(bool(layer._codebook.initted) for layer in self.quantizer.layers)
 
     def latents(self, sound_BT: Tensor) -> Tensor:
-        """Waveforms to B x L x N, before the quantiser."""
-        return self.model.encoder(sound_BT[:, None])
+        """Waveforms to B x L x N, before the quantiser; always fp32, as in use (with few channels bf16 is no faster)."""
+        with torch.autocast(sound_BT.device.type, enabled=False):
+            return self.model.encoder(sound_BT[:, None].float())
 
     def quantise(self, latents_BLN: Tensor, *, leave_out: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """(quantised B x L x N, codes B x K x N, commitment loss); always fp32. Dropped codebooks have code -1.

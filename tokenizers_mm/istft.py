@@ -84,7 +84,9 @@ class InverseSTFTDecoder(nn.Module):
         x_BDN = self.embed(frames_BLN if mask_B1N is None else frames_BLN * mask_B1N)
         for block in self.blocks:
             x_BDN = block(x_BDN, mask_B1N)
-        magnitude_BNF, phase_BNF = self.to_spectrum(self.norm(x_BDN.transpose(1, 2))).float().chunk(2, dim=-1)
+        with torch.autocast(x_BDN.device.type, enabled=False):  # three digits of a phase would be heard
+            spectrum_BNF = self.to_spectrum(self.norm(x_BDN.float().transpose(1, 2)))
+        magnitude_BNF, phase_BNF = spectrum_BNF.float().chunk(2, dim=-1)
         magnitude_BNF = magnitude_BNF.clamp(max=6.0).exp()
         spectrum_BFN = torch.polar(magnitude_BNF, phase_BNF).transpose(1, 2)
         return self._overlap_add(spectrum_BFN, mask_B1N)

@@ -130,6 +130,22 @@ def test_no_codebook_is_lost_to_rounding(ratios: tuple[int, ...], num_codebooks:
     assert [quantizer.get_num_quantizers_for_bandwidth(kbps) for kbps in bandwidths] == [*range(1, num_codebooks + 1)]
 
 
+def test_under_autocast_latents_and_spectra_stay_exact_and_blocks_do_not() -> None:
+    size = EncodecSize(num_filters=4, latent_dim=8)
+    codec, sound = TrainableEncodec(size, tokens_per_batch=100), speech_like()
+    decoder = InverseSTFTDecoder(InverseSTFTConfig(width=16, depth=1), latent_dim=8, hop=size.hop)
+    kinds: dict[str, torch.dtype] = {}
+    block = decoder.get_submodule("blocks.0.up")
+    for name, module in (("block", block), ("spectrum", decoder.to_spectrum)):
+        module.register_forward_hook(lambda _m, _x, y, name=name: kinds.__setitem__(name, y.dtype))
+    exact = codec.latents(sound)
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = codec.latents(sound)
+        decoded = decoder(latents)
+    assert torch.equal(latents, exact) and decoded.dtype == torch.float32
+    assert kinds == {"block": torch.bfloat16, "spectrum": torch.float32}
+
+
 def test_mel_distances_are_exact_under_autocast() -> None:
     sound = speech_like()
     with torch.autocast("cpu", torch.bfloat16):
