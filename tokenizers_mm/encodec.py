@@ -132,7 +132,7 @@ class TrainableEncodec(nn.Module):
         return all(bool(layer._codebook.initted) for layer in self.quantizer.layers)
 
     def latents(self, sound_BT: Tensor) -> Tensor:
-        """Waveforms to B x L x N, before the quantiser; always fp32, as in use (with few channels bf16 is no faster)."""
+        """Waveforms to B x L x N, before the quantiser; always fp32, as in use (bf16 is no faster here)."""
         with torch.autocast(sound_BT.device.type, enabled=False):
             return self.model.encoder(sound_BT[:, None].float())
 
