@@ -77,6 +77,14 @@ MODEL: dict[str, Any] = {
     "loss_weights": {"text": 3.0},
     "rows_per_batch": 1,
 }
+CHANGES: dict[str, dict[str, Any]] = {
+    "code noise 0.15": {"code_noise": 0.15},
+    "rows from the codebook": {"code_rows": "codebook"},
+    "Muon": {
+        "optimizer": {"kind": "muon", "muon_lr_ratio": 4.0, "lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
+    },
+}
+"""What the transformer's training may do otherwise."""
 
 
 def loop(steps: int, optimizer: dict[str, Any], seed: int = 0) -> dict[str, Any]:
@@ -108,15 +116,18 @@ def tokenizer_of(variant: str, base: Path, out: Path, steps: int) -> Path:
     return root
 
 
-def transformer_of(root: Path, seed: int, steps: int, noise: float) -> tuple[Path, dict[str, float]]:
+def transformer_of(root: Path, seed: int, steps: int, changes: list[str]) -> tuple[Path, dict[str, float]]:
     """A transformer trained on a variant's codes: its bundle and its figures."""
-    own = root / (f"seed{seed}" + (f"-noise{noise}-{steps}" if noise else ""))
+    own = root / "-".join([f"seed{seed}", *(change.replace(" ", "") for change in changes)])
     own.mkdir(exist_ok=True)
     for name in ("data", "text_tokenizer", "teacher", "image_tokenizer", "tokenize"):
         if not (own / name).exists():
             (own / name).symlink_to((root / name).resolve())
-    adamw = {"lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
-    result = stage("pretrain", own, **MODEL, code_noise=noise, loop=loop(steps, adamw, seed))
+    fields: dict[str, Any] = {"optimizer": {"lr": 2e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}}
+    for change in changes:
+        fields |= CHANGES[change]
+    optimizer = fields.pop("optimizer")
+    result = stage("pretrain", own, **MODEL, **fields, loop=loop(steps, optimizer, seed))
     (bundle,) = stage("bundle", own, name="study").outputs
     return bundle, dict(result.metrics)
 
@@ -178,7 +189,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=150)
     parser.add_argument("--tokenizer-steps", type=int, default=700)
     parser.add_argument("--model-steps", type=int, default=1500)
-    parser.add_argument("--code-noise", type=float, default=0.0, help="see anygen.data.code_noise")
+    parser.add_argument("--changes", nargs="+", default=[], choices=list(CHANGES), help="of the transformer's training")
     parser.add_argument(
         "--variants", nargs="+", default=list(VARIANTS), help="which to run; the others' results in OUT stay"
     )
@@ -195,10 +206,9 @@ def main() -> None:
         root = tokenizer_of(variant, options.run, options.out, options.tokenizer_steps)
         facts = json.loads((root / "image_tokenizer" / "stage.json").read_text())
         rows: dict[str, Any] = {"tokenizer": facts["metrics"], "seeds": {}}
-        if options.code_noise:
-            variant += f", code noise {options.code_noise}"
+        variant = ", ".join([variant, *options.changes])
         for seed in options.seeds:
-            bundle, metrics = transformer_of(root, seed, options.model_steps, options.code_noise)
+            bundle, metrics = transformer_of(root, seed, options.model_steps, options.changes)
             rows["seeds"][seed] = {
                 "validation_bits_per_picture": metrics["validation_image_nats"] * 64 / math.log(2),
                 "parameters": metrics["parameters"],

@@ -87,6 +87,11 @@ class AudioTokenizer:
         return int(self.model.quantizer.get_num_quantizers_for_bandwidth(max(self.model.config.target_bandwidths)))
 
     @property
+    def code_vectors(self) -> Tensor:
+        """K x V x L: what each code stands for."""
+        return torch.stack([layer.codebook.embed for layer in self.model.quantizer.layers[: self.num_codebooks]])
+
+    @property
     def sample_rate_hz(self) -> int:
         """Samples per second of the sounds it codes; others are resampled."""
         return int(self.model.config.sampling_rate)

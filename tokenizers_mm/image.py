@@ -64,6 +64,11 @@ class ImageTokenizer:
         return self.config.quantizer.num_codebooks
 
     @property
+    def code_vectors(self) -> Tensor:
+        """K x V x X: what each code stands for."""
+        return self.encoder.codebooks_KVX
+
+    @property
     def grid_hw(self) -> tuple[int, int]:
         """Rows and columns of patches of a picture at native size."""
         side = self.config.side_px // self.config.patch_px

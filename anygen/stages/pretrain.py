@@ -24,6 +24,7 @@ from anygen.errors import DataError
 from anygen.files import publishing, read_json, verify, write_json
 from anygen.layout import Layout
 from anygen.model.causal import ModelConfig, create_model, num_parameters
+from anygen.model.code_rows import start_code_rows
 from anygen.model.loss import LossWeights, NextTokenLoss, TensorBatch
 from anygen.model.recompute import Recompute, recompute_activations
 from anygen.model.warm_start import check_named, checkpoint_fingerprints, warm_start
@@ -63,6 +64,8 @@ class PretrainConfig(StageConfig):
     model: ModelConfig = ModelConfig()
     init_from: Path | None = Field(None, exclude_if=lambda path: path is None)
     """Folder of a Qwen3 checkpoint to start from, in place of `model`; see `anygen.model.warm_start`."""
+    code_rows: Literal["random", "codebook"] = Field("random", exclude_if=lambda start: start == "random")
+    """Where the rows of codes start; see `anygen.model.code_rows`."""
     layout: LayoutConfig = LayoutConfig()
     location_bins: int = Field(100, ge=2)
     vokens: int = Field(8, ge=0)
@@ -156,9 +159,14 @@ def main(config: PretrainConfig) -> StageResult:
 def start_model(config: PretrainConfig, vocabulary: Vocabulary, tokenizers: Tokenizers) -> Any:
     """The model before its first step."""
     if config.init_from is None:
-        return create_model(config.model, vocabulary, seed=config.loop.seed)
-    check_named(config.model, config.init_from)
-    return warm_start(config.init_from, vocabulary, tokenizers["text"], seed=config.loop.seed)  # type: ignore[arg-type]
+        model = create_model(config.model, vocabulary, seed=config.loop.seed)
+    else:
+        check_named(config.model, config.init_from)
+        model = warm_start(config.init_from, vocabulary, tokenizers["text"], seed=config.loop.seed)  # type: ignore[arg-type]
+    if config.code_rows == "codebook":
+        vectors = {name: tokenizers[name].code_vectors for name in ("image", "audio") if name in tokenizers}  # type: ignore[attr-defined]
+        start_code_rows(model, vocabulary, vectors, seed=seed_of(config.loop.seed, "code rows"))
+    return model
 
 
 def open_tokenizers(root: Path, *, location_bins: int) -> Tokenizers:
