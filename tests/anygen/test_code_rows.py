@@ -62,7 +62,9 @@ def test_it_is_the_same_each_time_and_books_differ() -> None:
     assert torch.equal(first, second)
     ranges = {r.name: r for r in vocabulary.ranges}
     rows = [first[ranges[name].start : ranges[name].stop] for name in ("audio.0", "audio.1")]
-    assert float(F.cosine_similarity(rows[0], rows[1], dim=-1).abs().mean()) < 0.35, "each book has directions of its own"
+    assert float(F.cosine_similarity(rows[0], rows[1], dim=-1).abs().mean()) < 0.35, (
+        "each book has directions of its own"
+    )
 
 
 def test_a_recipe_asks_for_it(
