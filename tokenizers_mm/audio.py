@@ -278,10 +278,8 @@ class AudioTokenizer:
             return cls(model)
         facts = load_facts(folder / ISTFT_FOLDER, kind=ISTFT_KIND)
         try:
-            config = InverseSTFTConfig(**facts["istft"])
-            istft = InverseSTFTDecoder(
-                config, latent_dim=model.config.hidden_size, hop=int(np.prod(model.config.upsampling_ratios))
-            )
+            config, hop = InverseSTFTConfig(**facts["istft"]), int(np.prod(model.config.upsampling_ratios))
+            istft = InverseSTFTDecoder(config, latent_dim=model.config.hidden_size, hop=hop)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder / ISTFT_FOLDER / 'config.json'} is broken: {error}") from error
         load_weights(folder / ISTFT_FOLDER, {"istft": istft})
