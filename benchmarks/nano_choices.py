@@ -30,7 +30,7 @@ from anygen.model.causal import create_model, num_parameters
 from anygen.recipes_index import find_recipe
 from anygen.request import Request
 from anygen.stages import pretrain
-from anygen.stages.catalogue import STAGES
+from anygen.stages.bundle import BundleConfig
 from anygen.stages.run import run_stage
 from anygen.vocabulary import Vocabulary
 
@@ -110,8 +110,7 @@ def trained(run: Path, own: Path, variant: dict[str, Any], *, seed: int, steps: 
 
 def pictures_right(own: Path, world: RealEmoji, limit: int) -> dict[str, Any]:
     """Share of generated pictures that are nearest to the right emoji, of training names and held-out ones."""
-    config_class = getattr(__import__("anygen.stages.bundle", fromlist=["x"]), STAGES["bundle"].config_class)
-    (bundle,) = run_stage(build(config_class, {"root": own, "name": "study"}, source="study")).outputs
+    (bundle,) = run_stage(build(BundleConfig, {"root": own, "name": "study"}, source="study")).outputs
     model = AnyGen.from_pretrained(bundle)
     found: dict[str, Any] = {}
     training = [i for i, emoji in enumerate(world.emoji) if emoji.split == "train"]
