@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from anygen.bundle import default_bundle
 from anygen.errors import CheckpointError
 from anygen.files import publishing, sha256_of
 from anygen.stages.base import StageConfig, StageResult
@@ -29,10 +30,16 @@ class PublishedCodecConfig(StageConfig):
 
     stage: Literal["audio_tokenizer"] = "audio_tokenizer"
     checkpoint: Path
-    """A folder that transformers opens (EnCodec at 24, 32 or 48 kHz, or one made here), or a .th file of the encodec
-    package."""
+    """A folder that transformers opens (EnCodec at 24, 32 or 48 kHz, or one made here), a .th file of the encodec
+    package, or `nano`: the codec of the embedded bundle."""
     num_codebooks: int | None = Field(None, ge=1)
     """Keep the leading ones only, as many as one of the codec's bandwidths has; all by default."""
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint lies; a folder that is called `nano` comes before the embedded bundle."""
+        embedded = str(self.checkpoint) == "nano" and not self.checkpoint.exists()
+        return default_bundle() / "tokenizers" / "audio" if embedded else self.checkpoint
 
     def check(self) -> None:
         """A checkpoint that cannot be used is told before anything is moved."""
@@ -40,7 +47,7 @@ class PublishedCodecConfig(StageConfig):
 
     def outside_inputs(self) -> Mapping[str, str]:
         """The checkpoint's files."""
-        path = self.checkpoint
+        path = self.path
         files = [path] if path.is_file() else [*path.rglob("*.safetensors"), *path.rglob("*.json")]
         return {file.relative_to(path.parent).as_posix(): sha256_of(file) for file in sorted(files)}
 
@@ -64,7 +71,7 @@ def open_codec(config: PublishedCodecConfig) -> AudioTokenizer:
     Raises:
         CheckpointError: missing, not an EnCodec, or without a bandwidth of so many codebooks.
     """
-    path = config.checkpoint
+    path = config.path
     if not path.exists():
         raise CheckpointError(f"there is no codec at {path}: expected a folder of an EnCodec model, or a .th file")
     if path.is_dir():

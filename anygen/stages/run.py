@@ -17,12 +17,14 @@ from typing import Any, cast
 
 from filelock import FileLock, Timeout
 
-from anygen.config import build, override, read_yaml
+from anygen.config import Config, build, override, read_yaml
 from anygen.errors import CheckpointError, ConfigError
 from anygen.files import read_json, remove_leftovers, write_json
 from anygen.stages.base import StageConfig, StageResult
 from anygen.stages.catalogue import ALTERNATIVES, OPTIONAL, STAGES
 from anygen.training import processes
+from anygen.training.checkpoint import checkpoints
+from anygen.training.loop import CHECKPOINTS, LoopConfig
 from tokenizers_mm.codes import fingerprint_of
 
 logger = logging.getLogger("anygen")
@@ -142,12 +144,28 @@ def _run_share(config: StageConfig) -> StageResult:
 
 def _begin(config: StageConfig, identity: str, *, sweeps: bool) -> None:
     config.check()
+    _check_starts(config, config.folder)
     _move_aside_if_other(config, identity)
     config.folder.mkdir(parents=True, exist_ok=True)
     if sweeps:
         remove_leftovers(config.folder)
     write_json(config.folder / STARTED_JSON, {"identity": identity})
     logger.info("%s: running in %s", config.stage, config.folder)
+
+
+def _check_starts(config: Config, folder: Path) -> None:
+    """Tell of weights to begin with that are not there before earlier work is moved aside."""
+    for value in vars(config).values():
+        start = value.start_from if isinstance(value, LoopConfig) else None
+        if start is not None and start.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"start_from={start} lies in this stage's own folder: name another root for this run")
+        if start is not None and not checkpoints(start / CHECKPOINTS):
+            raise ConfigError(
+                f"start_from={start} has no {CHECKPOINTS}/step-*: expected the folder of an earlier training of this "
+                "stage, such as runs/first/audio_tokenizer"
+            )
+        if isinstance(value, Config):
+            _check_starts(value, folder)
 
 
 def _run_locked(config: StageConfig) -> StageResult:

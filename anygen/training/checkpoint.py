@@ -100,6 +100,8 @@ def restore(
         CheckpointError: it is undamaged but does not fit this module or optimizer; or all are damaged: the run does not
         quietly begin anew.
     """
+    if processes.rank() == 0:
+        remove_leftovers(folder)
     newest, damaged = processes.told(_newest(folder) if processes.rank() == 0 else None)
     if newest:
         return _load(Path(newest), module, optimizer, sharded=sharded)
@@ -111,9 +113,22 @@ def restore(
     return None
 
 
+def start_from(folder: Path, module: nn.Module, *, sharded: bool = False) -> None:
+    """Give a module the newest weights of another training, their running means where it kept such.
+
+    Raises:
+        CheckpointError: there is no undamaged checkpoint, or it does not fit this module.
+    """
+    newest, damaged = processes.told(_newest(folder) if processes.rank() == 0 else None)
+    if not newest:
+        found = f"only damaged ones ({', '.join(damaged)})" if damaged else "none"
+        raise CheckpointError(f"start_from: expected checkpoints of an earlier training in {folder}, found {found}")
+    _load_module(Path(newest), module, sharded=sharded, means=True)
+    logger.info("beginning with the weights of %s", newest)
+
+
 def _newest(folder: Path) -> tuple[str, list[str]]:
     """The newest undamaged checkpoint, if any, and the names of the damaged ones after it."""
-    remove_leftovers(folder)
     damaged: list[str] = []
     for path in reversed(checkpoints(folder)):
         try:
@@ -128,24 +143,39 @@ def _newest(folder: Path) -> tuple[str, list[str]]:
 
 def _load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, *, sharded: bool) -> Restored:
     state = read_json(path / "state.json")
+    tensors = _load_module(path, module, sharded=sharded)
     try:
-        tensors = _read_slices(path, module) if sharded else _read_whole(path)
-        expected = _module_tensors(module)
-        found = {name: tensor for name, tensor in tensors.items() if name.startswith("module.")}
-        if expected.keys() != found.keys():
-            odd = sorted(expected.keys() ^ found.keys())
-            raise CheckpointError(f"{path} is of another model: {len(odd)} tensors differ, {odd[0]!r} first")
-        module.load_state_dict({name.removeprefix("module."): t for name, t in found.items()}, strict=False)
         _load_optimizer(module, optimizer, {n: t for n, t in tensors.items() if n.startswith("optimizer.")})
-        means = {name.removeprefix("average."): t for name, t in tensors.items() if name.startswith("average.")}
+        means = _named(tensors, "average.")
         step, extra = state["step"], state["extra"]
         if type(step) is not int or step < 0 or not isinstance(extra, dict):
             raise CheckpointError(f"{path / 'state.json'} was altered: step is {step!r}, extra is {extra!r:.80}")
         return Restored(step, extra, means)
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} does not fit this run: {error}") from error
+
+
+def _load_module(path: Path, module: nn.Module, *, sharded: bool, means: bool = False) -> dict[str, Tensor]:
+    """Weights into the module, with `means` the running means in their place; returns all tensors of the checkpoint."""
+    try:
+        tensors = _read_slices(path, module) if sharded else _read_whole(path)
+        found = _named(tensors, "module.")
+        expected = _named(_module_tensors(module), "module.")
+        if expected.keys() != found.keys():
+            odd = sorted(expected.keys() ^ found.keys())
+            raise CheckpointError(f"{path} is of another model: {len(odd)} tensors differ, {odd[0]!r} first")
+        module.load_state_dict(found | (_named(tensors, "average.") if means else {}), strict=False)
+        return tensors
+    except (SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} does not fit this run: {error}") from error
+
+
+def _named(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
 
 
 def _read_whole(path: Path) -> dict[str, Tensor]:

@@ -47,10 +47,18 @@ class Engine:
         bf16: autocast; sharded modules compute in bf16 instead. Weights and their updates stay fp32.
         cpu: even where there is a GPU.
         checkpoints: folder; training goes on from the newest one in it.
+        start_from: such a folder of another training, whose weights this one begins with.
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: OptimizerConfig, *, bf16: bool, cpu: bool, checkpoints: Path
+        self,
+        module: nn.Module,
+        optimizer: OptimizerConfig,
+        *,
+        bf16: bool,
+        cpu: bool,
+        checkpoints: Path,
+        start_from: Path | None = None,
     ) -> None:
         from accelerate import Accelerator, DistributedDataParallelKwargs
         from accelerate.state import AcceleratorState
@@ -74,6 +82,8 @@ class Engine:
             sharding.shard(module, self.device, bf16=bf16)
         self.optimizer = make_optimizer(module, optimizer)
         self.restored: Restored | None = checkpoint.restore(checkpoints, module, self.optimizer, sharded=self._sharded)
+        if start_from is not None and self.restored is None:
+            checkpoint.start_from(start_from, module, sharded=self._sharded)
         self.module = module
         if not self._sharded:
             self.module, self.optimizer = self._accelerator.prepare(module, self.optimizer)

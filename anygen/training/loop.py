@@ -40,6 +40,9 @@ class LoopConfig(Config):
     """How long and how to train."""
 
     steps: int = Field(ge=1)
+    start_from: Path | None = Field(None, exclude_if=lambda folder: folder is None)
+    """Folder of an earlier training of the same sizes (`runs/first/audio_tokenizer`): begin with its newest weights, or
+    their running means where it kept these; steps, learning rate, optimizer and data are this recipe's."""
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16 is autocast: weights and their updates stay fp32."""
@@ -132,7 +135,14 @@ class _Run:
     def __init__(self, trainee: Trainee, config: LoopConfig, folder: Path, title: str) -> None:
         self._trainee, self._config = trainee, config
         bf16, cpu = config.precision == "bf16", config.device == "cpu"
-        self.engine = Engine(trainee.module, config.optimizer, bf16=bf16, cpu=cpu, checkpoints=folder / CHECKPOINTS)
+        self.engine = Engine(
+            trainee.module,
+            config.optimizer,
+            bf16=bf16,
+            cpu=cpu,
+            checkpoints=folder / CHECKPOINTS,
+            start_from=config.start_from / CHECKPOINTS if config.start_from else None,
+        )
         restored = self.engine.restored
         self.start = restored.step if restored else 0
         self._average = WeightAverage(trainee.module, config.ema_decay) if config.ema_decay else None

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from anygen.bundle import default_bundle
 from anygen.data.coded import CodedStore
 from anygen.data.records import Record, Utterance, write_shard
 from anygen.data.source import flac_of
@@ -79,6 +80,15 @@ def test_from_a_recipe_to_codes_on_disk(published: Path, root: Path) -> None:
     sound = np.random.default_rng(0).normal(size=9000).astype(np.float32) * 0.1
     for found, length in zip(record.utterances, (9000, 700), strict=True):
         assert found.codes == theirs.encode(flac_of(Audio(sound[:length], 16_000)))
+
+
+def test_the_codec_of_the_embedded_bundle_by_name(root: Path, monkeypatch: pytest.MonkeyPatch, published: Path) -> None:
+    run_stage(recipe_of(root, checkpoint="nano"))
+    taken = AudioTokenizer.load(root / "audio_tokenizer" / "tokenizer")
+    assert taken.fingerprint == AudioTokenizer.load(default_bundle() / "tokenizers" / "audio").fingerprint
+    (root / "nano").symlink_to(published)
+    monkeypatch.chdir(root)  # a folder of that name comes first
+    assert run_stage(recipe_of(root, checkpoint="nano", num_codebooks=2)).metrics["bits_per_s"] == 1500
 
 
 def test_a_codec_is_taken_again_when_its_files_change(published: Path, root: Path, tmp_path: Path) -> None:

@@ -157,6 +157,36 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_a_training_may_begin_with_the_weights_of_another(tmp_path: Path, ema_decay: float) -> None:
+    first = ToyTrainee()
+    train(first, config_of(steps=4, ema_decay=ema_decay), tmp_path / "first", title="toy")
+    taken = []
+
+    class Second(ToyTrainee):
+        def next_batch(self) -> torch.Tensor:
+            taken.append([tensor.clone() for tensor in self.module.state_dict().values()])
+            return super().next_batch()
+
+    config = config_of(steps=3, start_from=tmp_path / "first")
+    second = Second()
+    train(second, config, tmp_path / "second", title="toy")
+    assert second.seen == [0, 1, 2], "steps and data are its own"
+    for found, expected in zip(taken[0], first.module.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), "the averaged ones, which `train` leaves in the module"
+    stopped = ToyTrainee()
+    with pytest.raises(Interrupted):
+        stopped.kill_at = 1
+        train(stopped, config, tmp_path / "third", title="toy")
+    shutil.rmtree(tmp_path / "first")
+    resumed = ToyTrainee()
+    train(resumed, config, tmp_path / "third", title="toy")
+    for found, expected in zip(weights(resumed), weights(second), strict=True):
+        assert torch.equal(found, expected), "its own checkpoint comes before"
+    with pytest.raises(CheckpointError, match=r"start_from: expected checkpoints .* found none"):
+        train(ToyTrainee(), config, tmp_path / "fourth", title="toy")
+
+
 class Recorded(ToyTrainee):
     """Notes its weights before every step."""
 
@@ -206,6 +236,7 @@ def test_a_run_without_means_cannot_go_on_with_them(tmp_path: Path) -> None:
 
 
 def test_without_a_mean_recorded_configs_and_identities_are_as_before() -> None:
+    assert "start_from" not in config_of().model_dump()
     assert "ema_decay" not in config_of().model_dump(mode="json")
     assert LoopConfig(**config_of(ema_decay=0.9).model_dump(mode="json")).ema_decay == 0.9
 
