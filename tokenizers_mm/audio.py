@@ -25,7 +25,7 @@ from tokenizers_mm.encodec_folder import is_plain, load_encodec
 from tokenizers_mm.errors import CheckpointError, DataError
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
 from tokenizers_mm.media import Audio, SoundSource, load_sound
-from tokenizers_mm.weights import load_facts, load_weights, rounded, save_facts, save_weights
+from tokenizers_mm.weights import load_facts, load_weights, rounded, save_facts, save_weights, shrink
 
 ISTFT_FOLDER = "istft"
 ISTFT_KIND = "istft"
@@ -258,6 +258,7 @@ class AudioTokenizer:
     def save(self, folder: Path) -> None:
         """Write a transformers checkpoint and, where there is one, the inverse-STFT decoder beside it."""
         self.model.save_pretrained(folder)
+        shrink(folder / "model.safetensors")
         if self.istft is not None and self.istft_config is not None:
             save_facts(folder / ISTFT_FOLDER, {"kind": ISTFT_KIND, "istft": self.istft_config.model_dump()})
             save_weights(folder / ISTFT_FOLDER, {"istft": self.istft})
