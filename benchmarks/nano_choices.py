@@ -35,7 +35,7 @@ from anygen.stages.run import run_stage
 from anygen.vocabulary import Vocabulary
 
 BASE: dict[str, Any] = {"model": {"size": "nano", "width": 192, "mlp_width": 512, "head_width": 48}}
-MUON = {"kind": "muon", "muon_lr_ratio": 8.0, "lr": 1.5e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
+ADAMW = {"kind": "adamw", "lr": 1.5e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "as the recipe": {},
     "text weighs 1": {"loss_weights": {"text": 1.0}},
@@ -46,9 +46,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "z-loss 1e-2": {"z_loss": 1e-2},
     "no QK-norm": {"qk_norm": False},
     "sliced softmax": {"sliced_softmax": True},
-    "code noise 0.15": {"code_noise": 0.15},
+    "no code noise": {"code_noise": 0.0},
     "code noise 0.3": {"code_noise": 0.3},
-    "Muon": {"optimizer": MUON},
+    "AdamW": {"optimizer": ADAMW},
+    "rows drawn at random": {"code_rows": "random"},
+    "two codebooks of sound": {"layout": {"audio_order": "flat", "max_duration_s": 6.0}},
     "2 layers": {"model": {"num_layers": 2}},
     "width 320": {"model": {"width": 320, "mlp_width": 896, "head_width": 64}},
 }
@@ -73,7 +75,7 @@ def recipe(root: Path, variant: dict[str, Any], *, seed: int, steps: int) -> dic
     fields: dict[str, Any] = yaml.safe_load(find_recipe("nano/pretrain.yaml").read_text())
     fields["model"] |= BASE["model"] | variant.get("model", {})
     fields |= {key: value for key, value in variant.items() if key not in ("model", "optimizer", "qk_norm")}
-    optimizer = {**fields["loop"]["optimizer"], **variant.get("optimizer", {}), "warmup_steps": 100}
+    optimizer = {**fields["loop"]["optimizer"], **variant.get("optimizer", {}), "warmup_steps": min(100, steps // 3)}
     fields["loop"] |= {"steps": steps, "seed": seed, "validate_every": 0, "save_every": 300, "optimizer": optimizer}
     return {"root": root, **fields}
 

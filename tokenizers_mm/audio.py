@@ -1,7 +1,7 @@
 """The sound tokenizer: any `transformers.EncodecModel`, with its own decoder or an inverse-STFT one beside it.
 
-The folder is a transformers checkpoint (`EncodecModel.from_pretrained` opens it, without this project, with equal
-codes); a file `istft/` beside it, where there is one, holds the light decoder.
+The folder is a transformers checkpoint (`EncodecModel.from_pretrained` opens it with equal codes); `istft/` beside it,
+where there is one, holds the light decoder.
 
 Dimension key: K codebooks, T code frames, N samples, L latent channels.
 """
@@ -291,8 +291,7 @@ def _faded(waves: list[Tensor], pieces: list[slice]) -> Tensor:
     """Chunks that overlap as one sound, each loudest in its middle: as `EncodecModel` does it, for any last chunk."""
     if len(waves) == 1:
         return waves[0]
-    longest = len(waves[0])
-    share_N = torch.linspace(0, 1, longest + 2, device=waves[0].device)[1:-1]
+    share_N = torch.linspace(0, 1, len(waves[0]) + 2, device=waves[0].device)[1:-1]
     weight_N = 0.5 - (share_N - 0.5).abs()
     total_N, weights_N = torch.zeros(2, pieces[-1].stop, device=waves[0].device)
     for wave_N, piece in zip(waves, pieces, strict=True):

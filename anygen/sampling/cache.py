@@ -106,11 +106,12 @@ class Cache:
             self.layers_2RGNE[0].shape[4],
         )
         size, used = math.prod(shape), self.num_rows
-        is_larger = size > len(self._memory[0])
+        had = len(self._memory[0])  # as all of them, and the spare one
+        is_larger = size > had
         if not is_larger and self._spare is None:
             self._spare = torch.zeros_like(self._memory[0])
         for index, old in enumerate(self.layers_2RGNE):
-            memory = old.new_zeros(max(size, 2 * len(self._memory[0]))) if is_larger else self._spare
+            memory = old.new_zeros(max(size, 2 * had)) if is_larger else self._spare
             assert memory is not None
             new = _laid_out(memory, shape)
             new[:, :used, :, :longest] = old[:, :used]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -155,6 +156,19 @@ def test_rows_grow_in_the_memory_taken_ahead() -> None:
     (k_bNE, v_bNE), layer = cache.heads(2, 64)[1], cache.layers_2RGNE[1]
     assert k_bNE is not views[1][0] and k_bNE.data_ptr() == layer.data_ptr()
     assert torch.equal(v_bNE, layer[1, :2, :, :64].flatten(0, 1))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_room_is_made_in_any_order_of_lengths_and_rows(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    cache = filled((3, 1, 2), num_rows=3)
+    before = content(cache)
+    for _ in range(12):
+        rows, length = cache.capacity
+        cache.reserve(rows + int(random.integers(0, 2)), length + int(random.integers(0, 9)))
+        assert content(cache) == before
+    needed = math.prod(cache.layers_2RGNE[0].shape) * 4 * len(cache.layers_2RGNE)
+    assert cache.num_bytes <= 2 * needed, "each layer has as much as the others"
 
 
 def test_a_cache_is_given_room_and_what_is_stale_is_not_seen(tiny_model: Any, vocabulary: Vocabulary) -> None:
