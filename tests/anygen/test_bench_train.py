@@ -256,7 +256,11 @@ def test_documents_of_a_run(tmp_path: Path, tokenizers: dict[str, Any]) -> None:
         sounds = tuple(
             CodedUtterance("a cat", voice, Codes(random.integers(0, 16, (2, 5 + number)), "audio")) for voice in "ab"
         )
-        scene = {"objects": (("cat", Region((0.1, 0.2, 0.3, 0.4))),), "questions": (("how many?", "one"),)}
+        scene = {
+            "objects": (("cat", Region((0.1, 0.2, 0.3, 0.4))),),
+            "questions": (("how many?", "one"),),
+            "spoken_questions": (sounds,),
+        }
         return CodedRecord(
             f"{kind}{number}", kind, ("a cat", "two cats"), picture, sounds, **(scene if kind == "scene" else {})
         )

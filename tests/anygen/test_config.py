@@ -114,9 +114,10 @@ def test_every_recipe_loads_and_its_header_gives_its_command(name: str) -> None:
 
 
 def test_every_family_is_complete_and_in_order() -> None:
-    for family in ("smoke", "nano"):
+    without = {"smoke": set(), "nano": {"teacher"}, "own": {"teacher", "decoder", "vokens", "evaluate", "gallery"}}
+    for family, left_out in without.items():
         stages = {load_recipe(p).stage for p in (recipes_folder() / family).glob("*.yaml")}
-        assert stages == set(STAGES)
+        assert stages == set(STAGES) - left_out
 
 
 def test_recipes_are_copied_but_never_over_something(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_recipes_are_copied_but_never_over_something(tmp_path: Path) -> None:
     ("stage", "override", "says"),
     [
         ("image_tokenizer", "encoder.codebok_size=64", "did you mean 'codebook_size'"),
-        ("image_tokenizer", "encoder.width=100", "width=100 must be a multiple of num_heads"),
+        ("image_tokenizer", "encoder.width=65", "width=65 must be a multiple of num_heads"),
         ("image_tokenizer", "encoder.patch_px=7", "side_px=64 must be a multiple of patch_px=7"),
         ("image_tokenizer", "head.num_heads=0", "greater than or equal to 1"),
         ("audio_tokenizer", "codec.codebook_size=1000", "must be a power of two"),
@@ -144,7 +145,7 @@ def test_recipes_are_copied_but_never_over_something(tmp_path: Path) -> None:
 )
 def test_an_impossible_tokenizer_is_told_before_any_training(stage: str, override: str, says: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(says)):
-        load_recipe(find_recipe(f"nano/{stage}.yaml"), (override,), root=Path("unused"))
+        load_recipe(find_recipe(f"smoke/{stage}.yaml"), (override,), root=Path("unused"))
 
 
 def test_keys_that_do_not_fit_each_other_are_told_shortly() -> None:
