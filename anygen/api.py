@@ -23,6 +23,7 @@ from anygen.drawing import Drawer, noise_seed
 from anygen.editing import edit_of, infills
 from anygen.errors import InputError
 from anygen.grammar import Grammar, Plan
+from anygen.ranking import best_of, check_ranked
 from anygen.request import Request
 from anygen.results import Event, Finished, Output, Sample
 from anygen.sampling.engine import Engine
@@ -31,8 +32,6 @@ from anygen.sequence import Sequencer
 from anygen.streaming import Tracker
 from tokenizers_mm.codes import Codes
 
-_TEXT_BUDGET = 256
-_FREE_BUDGET = 1024
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -110,9 +109,13 @@ class AnyGen:
         states = [self._states(request) for request in requests]
         for _ in sample(self.engine, [state for group in states for state in group]):
             pass
+        kept = [
+            best_of(self.bundle, self.sequencer, group, request.best_of) if request.best_of > 1 else group
+            for request, group in zip(requests, states, strict=True)
+        ]
         return [
             Output(tuple(self._sample(request, state, self._answer(request, state)) for state in group))
-            for request, group in zip(requests, states, strict=True)
+            for request, group in zip(requests, kept, strict=True)
         ]
 
     def tokenize(self, request: Request) -> list[dict[str, Any]]:
@@ -150,6 +153,8 @@ class AnyGen:
         return self._events(request, states, self._trackers(request, states))
 
     def _trackers(self, request: Request, states: list[SampleState]) -> list[Tracker]:
+        if request.best_of > 1:
+            raise InputError("best_of chooses among whole answers: it cannot be streamed or watched by on_event")
         return [
             Tracker(
                 index,
@@ -184,6 +189,8 @@ class AnyGen:
 
     def _states(self, request: Request) -> list[SampleState]:
         self._drawer(request).check()
+        if request.best_of > 1:
+            check_ranked(request)
         tokenizers = self.bundle.tokenizers
         for segment in request.inputs:
             if segment.modality not in tokenizers:
@@ -206,7 +213,7 @@ class AnyGen:
                 f"the input takes {len(prompt)} of this model's {self.engine.max_positions} positions and the answer "
                 f"at least {needed}: shorten the input, or ask for less"
             )
-        budget = request.max_new_tokens or min(self._default_budget(plan), room)
+        budget = request.max_new_tokens or min(self.grammar.usual_budget(plan), room)
         options = request.options(self.bundle.defaults)
         return [
             SampleState(
@@ -233,18 +240,6 @@ class AnyGen:
             self.bundle.vocabulary.modalities,
             patch_px=tokenizers["image"].config.patch_px if "image" in tokenizers else 1,  # type: ignore[attr-defined]
             frame_rate_hz=(tokenizers["audio"].rate_hz if "audio" in tokenizers else None) or 1.0,
-        )
-
-    def _default_budget(self, plan: Plan) -> int:
-        if plan.free:
-            return _FREE_BUDGET
-        costs = {
-            "text": _TEXT_BUDGET,
-            "audio": self.bundle.layout.max_frames * self.sequencer.orders["audio"].num_kept + 4,
-        }
-        return 1 + sum(
-            costs[b.modality] if b.modality in costs and b.shape is None else self.grammar.native_num_body(b) + 2
-            for b in plan.blocks
         )
 
     def _answer(self, request: Request, state: SampleState) -> tuple[Segment, ...]:

@@ -20,6 +20,10 @@ Ranges = tuple[tuple[int, int], ...]
 """Allowed ids as [start, stop) pairs, ascending."""
 
 
+_TEXT_BUDGET = 256
+_FREE_BUDGET = 1024
+
+
 class Grammar:
     """Starts walks for one vocabulary and layout."""
 
@@ -60,6 +64,16 @@ class Grammar:
         """Fewest new ids with which the plan can be carried out, `<eos>` included."""
         costs = [self.num_body(block) + 2 for block in plan.blocks]
         return (min(costs) if plan.free else sum(costs)) + 1
+
+    def usual_budget(self, plan: Plan) -> int:
+        """New ids for an answer of any usual length: texts of 256 pieces, the longest sound, pictures as they are."""
+        if plan.free:
+            return _FREE_BUDGET
+        costs = {"text": _TEXT_BUDGET, "audio": self.layout.max_frames * self.sequencer.orders["audio"].num_kept + 4}
+        return 1 + sum(
+            costs[b.modality] if b.modality in costs and b.shape is None else self.native_num_body(b) + 2
+            for b in plan.blocks
+        )
 
     def start(self, plan: Plan, budget: int) -> Walk:
         """A walk that ends within `budget` ids.

@@ -75,6 +75,9 @@ class Request:
     num_samples: int = 1
     seed: int | None = 0
     """Sample i is drawn from seed + i; None takes a new seed and reports it."""
+    best_of: int = 1
+    """Draw so many answers for each sample and keep the one from which the model would best guess the input
+    (`anygen.ranking`). Sample i is one of those from seed + i best_of on; its own seed gives it again."""
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     """CPU generators instead of a seed: one for all samples, or one each."""
     max_new_tokens: int | None = None
@@ -111,6 +114,7 @@ class Request:
             if isinstance(value := getattr(self, name), np.generic):
                 object.__setattr__(self, name, value.item())
         self._take_integer("num_samples", 1, MAX_SAMPLES)
+        self._take_integer("best_of", 1, MAX_SAMPLES // self.num_samples)
         if self.seed is not None:
             self._take_integer("seed", 0, _SEEDS - 1)
         if self.max_new_tokens is not None:
@@ -124,9 +128,9 @@ class Request:
             sides_of(self.size)
         if self.duration_s is not None:
             check_duration(self.duration_s)
-        if self.num_inference_steps is not None and self.decoder == "codes":
-            raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
         if self.num_inference_steps is not None:
+            if self.decoder == "codes":
+                raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
             self._take_integer("num_inference_steps", 1, 100)
         self._check_edit()
         self.outputs  # noqa: B018  checks them
@@ -272,11 +276,12 @@ class Request:
         return options
 
     def generators(self) -> list[tuple[torch.Generator, int | None]]:
-        """A CPU generator for each sample, and its seed where it has one."""
+        """A CPU generator for each answer that is drawn, `best_of` for a sample, and its seed where it has one."""
         if self.generator is not None:
-            return [(generator, None) for generator in generators_of(self.generator, self.num_samples)]
+            each = generators_of(self.generator, self.num_samples)
+            return [(generator, None) for generator in each for _ in range(self.best_of)]
         first = secrets.randbits(48) if self.seed is None else self.seed
-        seeds = [(first + i) % _SEEDS for i in range(self.num_samples)]
+        seeds = [(first + i) % _SEEDS for i in range(self.num_samples * self.best_of)]
         return [(torch.Generator().manual_seed(seed), seed) for seed in seeds]
 
     def describe(self) -> dict[str, Any]:
@@ -287,10 +292,9 @@ class Request:
                 facts[name] = getattr(self, name)
         if self.mask_picture is not None:
             facts["mask"] = describe(Segment("image", self.mask_picture))
-        if self.keep_original:
-            facts["keep_original"] = True
+        for name in ("keep_original", "best_of", "decoder"):
+            if (value := getattr(self, name)) != getattr(type(self), name):  # a field's default
+                facts[name] = value
         if isinstance(self.size, Sequence):
             facts["size"] = list(sides_of(self.size))
-        if self.decoder != "codes":
-            facts["decoder"] = self.decoder
         return facts

@@ -21,6 +21,9 @@ def evaluate(
     ] = None,
     direction: Annotated[list[str] | None, typer.Option(help="Bundles: text>image and so on; repeatable.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Bundles: seed of the samples.")] = 0,
+    best_of: Annotated[
+        int, typer.Option(min=1, help="Bundles: answers drawn for one that is kept, where they can be read back.")
+    ] = 1,
     data: Annotated[Path | None, typer.Option(help="Tokenizers: folder of shards; RUN/data by default.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Pictures: folder of the teacher; its own by default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report and its page.")] = Path("out/evaluation"),
@@ -43,8 +46,8 @@ def evaluate(
     from anygen.evaluation.tokenizers import evaluate_tokenizer, kind_of
 
     if model is not None and (kind := kind_of(Path(model))):
-        if direction:
-            raise InputError(f"--direction is for bundles; this is a {kind} tokenizer")
+        if direction or best_of > 1:
+            raise InputError(f"--direction and --best-of are for bundles; this is a {kind} tokenizer")
         report, lines = evaluate_tokenizer(Path(model), data=data, teacher=teacher, out=out, limit=limit)
     else:
         if data or teacher:
@@ -52,7 +55,9 @@ def evaluate(
         from anygen.evaluation.suite.evaluate import open_and_evaluate
 
         assert suite == "emoji", suite  # the one there is
-        report, lines = open_and_evaluate(model, out, limit=limit, directions=direction or (), seed=seed)
+        report, lines = open_and_evaluate(
+            model, out, limit=limit, directions=direction or (), seed=seed, best_of=best_of
+        )
     print_json(report) if as_json else print(*lines, out / "index.html", sep="\n")
 
 

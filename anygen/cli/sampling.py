@@ -26,6 +26,9 @@ def generate(
         str | None, typer.Option(help="depict, caption, speak, transcribe, answer, locate, continue or infill.")
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Answers to generate.")] = 1,
+    best_of: Annotated[
+        int, typer.Option(help="Draw so many for each answer, keep the one that the model best reads back.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Sample i is drawn from seed + i.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 takes the most likely id.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely ids.")] = None,
@@ -67,6 +70,7 @@ def generate(
         output=tuple(output) if output else None,  # type: ignore[arg-type]
         task=task,
         num_samples=num_samples,
+        best_of=best_of,
         seed=seed,
         temperature=temperature,
         top_k=top_k,

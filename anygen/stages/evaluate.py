@@ -21,6 +21,8 @@ class EvaluateConfig(StageConfig):
     directions: list[str] = []
     """Some of the parts that `anygen evaluate` measures; empty for all."""
     seed: int = Field(0, ge=0)
+    best_of: int = Field(1, ge=1)
+    """Answers that are drawn for one that is kept (`Request.best_of`), where they can be read backwards."""
 
     @field_validator("directions")
     @classmethod
@@ -37,7 +39,9 @@ def main(config: EvaluateConfig) -> StageResult:
         raise DataError(f"{config.root / 'bundle'} holds no bundle: run the stage bundle first")
     out = config.folder / "report"
     model = AnyGen.from_pretrained(bundles[0])
-    report = evaluate_bundle(model, out, limit=config.limit, directions=config.directions, seed=config.seed)
+    report = evaluate_bundle(
+        model, out, limit=config.limit, directions=config.directions, seed=config.seed, best_of=config.best_of
+    )
     metrics: dict[tuple[str, str], tuple[str, float]] = {}
     for row in row_list(report):
         metrics.setdefault((row.direction, row.figure.group), (row.figure.name, row.figure.value))

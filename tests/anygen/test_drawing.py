@@ -72,6 +72,14 @@ def test_samples_of_a_call_are_those_of_its_seeds(drawing: AnyGen) -> None:
     assert pixels_of(several) == pixels_of(alone) and len(set(pixels_of(several))) == 3
 
 
+def test_vokens_have_no_codes_to_be_ranked_by(drawing: AnyGen) -> None:
+    with pytest.raises(InputError, match="best_of compares codes"):
+        drawing.generate(text="a cat", output="image", decoder="voken", best_of=2)
+    kept = drawing.generate(text="a cat", output="image", decoder="diffusion", best_of=3, temperature=3.0).samples[0]
+    again = drawing.generate(text="a cat", output="image", decoder="diffusion", seed=kept.seed, temperature=3.0)
+    assert pixels_of(again.images) == pixels_of(kept.of("image")), "its noise is that of its own seed"
+
+
 def test_a_generator_draws_the_noise_without_being_spent_on_it() -> None:
     generator = torch.Generator().manual_seed(7)
     state = generator.get_state()

@@ -138,6 +138,7 @@ def test_what_cannot_be_measured_is_told(
     for options, match in (
         (["--teacher", "x"], "--teacher is for picture tokenizers"),
         (["--direction", "text>image"], "this is a sound tokenizer"),
+        (["--best-of", "2"], "this is a sound tokenizer"),
         (["--data", str(tmp_path)], "no record shards"),
     ):
         result = CliRunner().invoke(app, ["evaluate", folder, "--out", str(tmp_path / "out"), *options])

@@ -26,6 +26,7 @@ from anygen.evaluation.suite.bits import bits_per_id
 from anygen.evaluation.suite.compare import compare_reports, lines_of_comparison
 from anygen.evaluation.suite.evaluate import evaluate_bundle, lines_of, part_names, row_list
 from anygen.evaluation.suite.figures import EXPLAINED
+from anygen.request import Request
 from anygen.stages.run import load_recipe
 
 for package in ("jiwer", "skimage", "pocketsphinx", "pystoi"):
@@ -173,6 +174,24 @@ def test_a_report_is_whole_and_its_page_holds_its_media(report_folder: Path) -> 
     assert [f'<a href="#part-{n}">' in glance for n in range(1, len(FEW) + 2)] == [True] * len(FEW) + [False]
     assert len(lines_of(report)) == len(rows) + len(report["skipped"])
     assert not list(report_folder.parent.glob(".*"))
+
+
+def test_answers_are_ranked_where_they_can_be_read_backwards(
+    model: AnyGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+    generate_batch = model.generate_batch
+
+    def listening(requests: Any) -> Any:
+        asked.extend(requests)
+        return generate_batch(requests)
+
+    monkeypatch.setattr(model, "generate_batch", listening)
+    report = evaluate_bundle(model, tmp_path / "r", limit=2, directions=["text>image", "image>text,audio"], best_of=3)
+    assert report["best_of"] == 3
+    numbers = {(len(r.inputs), r.outputs): r.best_of for r in asked}
+    assert numbers[1, ("image",)] == 3 and numbers[1, ("text", "audio")] == 1
+    assert numbers[1, ("text",)] == 1, "the model's own transcripts are a judge's, not answers"
 
 
 @pytest.mark.slow

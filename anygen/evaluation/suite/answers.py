@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from anygen.evaluation.suite.bench import Bench
 from anygen.evaluation.suite.cases import Answer, Case, Part
+from anygen.ranking import is_ranked
 
 
 def generated(bench: Bench, part: Part, cases: Sequence[Case]) -> list[Answer]:
     """What the model makes of the requests."""
-    samples = bench.generate(part.name, [case.request for case in cases])
+    requests = [case.request for case in cases]
+    if bench.best_of > 1:
+        requests = [replace(r, best_of=bench.best_of) if is_ranked(r) else r for r in requests]
+    samples = bench.generate(part.name, requests)
     return [{modality: sample.of(modality)[0] for modality in part.outputs} for sample in samples]
 
 

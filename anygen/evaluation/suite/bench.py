@@ -45,10 +45,11 @@ class Bench:
         model: to evaluate.
         limit: at most so many cases of a group; None takes all names (and 1,000 scenes).
         seed: the request about emoji or scene i is drawn from seed + i.
+        best_of: answers that are drawn for one that is kept, where one input has one answer of another modality.
     """
 
-    def __init__(self, model: AnyGen, *, limit: int | None, seed: int) -> None:
-        self.model, self.limit, self.seed = model, limit, seed
+    def __init__(self, model: AnyGen, *, limit: int | None, seed: int, best_of: int = 1) -> None:
+        self.model, self.limit, self.seed, self.best_of = model, limit, seed, best_of
         image = model.bundle.tokenizers.get("image")
         self.world = RealEmoji(image.config.side_px if image is not None else 64)  # type: ignore[attr-defined]
         self.skipped = {

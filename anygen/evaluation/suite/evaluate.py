@@ -67,7 +67,13 @@ def check_directions(directions: Sequence[str]) -> None:
 
 
 def evaluate_bundle(
-    model: AnyGen, out: Path, *, limit: int | None = DEFAULT_LIMIT, directions: Sequence[str] = (), seed: int = 0
+    model: AnyGen,
+    out: Path,
+    *,
+    limit: int | None = DEFAULT_LIMIT,
+    directions: Sequence[str] = (),
+    seed: int = 0,
+    best_of: int = 1,
 ) -> dict[str, Any]:
     """Measure a bundle; writes `report.json` and `index.html` and returns the report.
 
@@ -77,6 +83,7 @@ def evaluate_bundle(
         limit: at most so many cases of a group.
         directions: names of parts; all where there are none.
         seed: of the samples.
+        best_of: see `Request`; of directions from one medium to one other.
 
     Raises:
         InputError: no such direction, or `out` holds something that is not an evaluation.
@@ -84,9 +91,9 @@ def evaluate_bundle(
     """
     out = check_out(out)
     check_directions(directions)
-    bench = Bench(model, limit=limit, seed=seed)
+    bench = Bench(model, limit=limit, seed=seed, best_of=best_of)
     parts = _fitting(bench, [p for p in (*emoji_parts(), *scene_parts()) if not directions or p.name in directions])
-    kept = _Kept(out, fingerprint_of(_identity(model, limit=limit, seed=seed)))
+    kept = _Kept(out, fingerprint_of(_identity(model, limit=limit, seed=seed, best_of=best_of)))
     results: dict[str, Result] = {}
     with StopRequest() as stop:
         for part in parts:
@@ -102,12 +109,13 @@ def evaluate_bundle(
 
 
 def open_and_evaluate(
-    folder: str | None, out: Path, *, limit: int | None, directions: Sequence[str], seed: int
+    folder: str | None, out: Path, *, limit: int | None, directions: Sequence[str], seed: int, best_of: int = 1
 ) -> tuple[dict[str, Any], list[str]]:
     """The report of the bundle in a folder (None: the embedded one), also as lines of text."""
     check_directions(directions)
     model = AnyGen.from_pretrained(folder)
-    report = evaluate_bundle(model, out, limit=limit or DEFAULT_LIMIT, directions=directions, seed=seed)
+    limit = limit or DEFAULT_LIMIT
+    report = evaluate_bundle(model, out, limit=limit, directions=directions, seed=seed, best_of=best_of)
     return report, lines_of(report)
 
 
@@ -200,6 +208,7 @@ def _report(bench: Bench, rows: Sequence[Row]) -> dict[str, Any]:
         "anygen": __version__,
         "limit": bench.limit,
         "seed": bench.seed,
+        "best_of": bench.best_of,
         "voice": bench.voices[0] if bench.voices else None,
         "threads": torch.get_num_threads(),
         "figures": [{"direction": row.direction, **facts} for row, facts in zip(rows, figures, strict=True)],

@@ -1,0 +1,148 @@
+"""`best_of`: the answer that is kept is the one from which transformers, too, would best guess the input."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from anygen.api import AnyGen
+from anygen.cli.app import app
+from anygen.errors import InputError
+from anygen.request import Request
+from anygen.results import Sample
+from tokenizers_mm.media import Audio
+
+PICTURE = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
+SOUND = Audio(np.sin(np.arange(1600) / 9).astype(np.float32) / 2, 16_000)
+INPUTS: dict[str, dict[str, Any]] = {
+    "text": {"text": "two cats left of a dog"},
+    "image": {"image": PICTURE},
+    "audio": {"audio": SOUND},
+}
+TASKS = {  # backwards: from the answer to the input
+    ("image", "text"): "depict",
+    ("text", "image"): "caption",
+    ("audio", "image"): "caption",
+    ("image", "audio"): "depict",
+    ("text", "audio"): "transcribe",
+    ("audio", "text"): "speak",
+}
+
+
+def block(model: AnyGen, kind: str, content: Any) -> list[int]:
+    return model.sequencer.block_ids(model.bundle.tokenizers[kind].encode(content)).tolist()  # type: ignore[index]
+
+
+def backward_nats(model: AnyGen, plain: Any, given: str, wanted: str, sample: Sample) -> float:
+    """-ln p(input | answer), written out: one sequence, no packing, no cache; codes against their own codebook."""
+    control = model.bundle.vocabulary.control
+    body = list(sample.ids[:-1])  # without <eos>
+    answer = [control("bos"), control(TASKS[given, wanted]), *body, control("target")]
+    asked = [*block(model, given, INPUTS[given][given]), control("eos")]
+    logits_SV = plain(input_ids=torch.tensor([answer + asked]), use_cache=False).logits[0].double()
+    nats = 0.0
+    for place, label in enumerate(asked, len(answer)):
+        kind = next(r for r in model.bundle.vocabulary.ranges if r.start <= label < r.start + r.size)
+        span = slice(kind.start, kind.start + kind.size) if kind.group in ("image", "audio") else slice(None)
+        row = logits_SV[place - 1]
+        nats += float(torch.logsumexp(row[span], 0) - row[label])
+    return nats
+
+
+@pytest.fixture(scope="module")
+def plain(model: AnyGen) -> Any:
+    plain = copy.deepcopy(model.bundle.model)
+    plain.set_attn_implementation("eager")
+    return plain
+
+
+@pytest.mark.parametrize(("given", "wanted"), TASKS)
+def test_the_kept_answer_makes_the_input_likeliest(model: AnyGen, plain: Any, given: str, wanted: str) -> None:
+    options = {**INPUTS[given], "output": wanted, "temperature": 3.0, "max_new_tokens": 60, "seed": 5}
+    drawn = model.generate(**options, num_samples=6).samples
+    nats = [backward_nats(model, plain, given, wanted, sample) for sample in drawn]
+    assert len({sample.ids for sample in drawn}) > 1 and np.ptp(nats) > 1e-3, "else anything could be kept"
+    kept = model.generate(**options, num_samples=2, best_of=3).samples
+    expected = [min(range(3), key=lambda i: nats[i]), min(range(3, 6), key=lambda i: nats[i])]
+    assert [sample.seed for sample in kept] == [5 + i for i in expected]
+    assert [sample.ids for sample in kept] == [drawn[i].ids for i in expected]
+    again = model.generate(**{**options, "seed": kept[1].seed}).samples[0]
+    assert again.ids == kept[1].ids, "its own seed gives a kept answer again"
+
+
+def test_others_in_the_batch_are_left_alone(model: AnyGen) -> None:
+    request = Request(text="one", output="image", seed=3, temperature=2.0)
+    ranked = Request(text="a cat", output="image", seed=3, temperature=2.0, best_of=4)
+    together = model.generate_batch([request, ranked, request])
+    assert together[0].samples[0].ids == together[2].samples[0].ids == model.generate_batch([request])[0].samples[0].ids
+    assert together[1].samples[0].ids == model.generate_batch([ranked])[0].samples[0].ids
+    assert together[1].samples[0].provenance["request"]["best_of"] == 4
+    assert "best_of" not in together[0].samples[0].provenance["request"]
+
+
+def test_one_generator_draws_different_answers(model: AnyGen) -> None:
+    options = {"text": "a cat", "output": "image", "temperature": 3.0}
+    alone = model.generate(**options, generator=torch.Generator().manual_seed(1)).samples[0]
+    seen = {
+        model.generate(**options, generator=torch.Generator().manual_seed(1), best_of=n).samples[0].ids
+        for n in (2, 4, 8)
+    }
+    assert seen - {alone.ids}, "of eight answers another one than the first is kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"text": "a", "image": PICTURE, "output": "text"}, "image, text -> text"),
+        ({"text": "a", "output": ("text", "image")}, "text -> text, image"),
+        ({"text": "a", "output": "text"}, "text -> text"),
+        ({"image": PICTURE, "output": "region"}, "image -> region"),
+        ({"text": "a", "output": "any"}, "text -> any"),
+        ({"output": "image"}, "no input -> image"),
+        ({"image": PICTURE, "mask": np.eye(16, dtype=bool), "output": "image"}, "image -> image"),
+    ],
+)
+def test_what_cannot_be_read_backwards_is_refused(model: AnyGen, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model.generate(**arguments, best_of=2)
+
+
+@pytest.mark.parametrize("best_of", [0, True, 1.5, 1025])
+def test_its_number_is_checked(best_of: Any) -> None:
+    with pytest.raises(InputError, match="best_of must be an integer from 1 to 1024"):
+        Request(text="a", output="image", best_of=best_of)
+    with pytest.raises(InputError, match="best_of must be an integer from 1 to 2"):
+        Request(text="a", output="image", num_samples=400, best_of=3)
+
+
+def test_it_is_not_streamed(model: AnyGen) -> None:
+    with pytest.raises(InputError, match="cannot be streamed"):
+        model.stream(text="a", output="image", best_of=2)
+    with pytest.raises(InputError, match="watched by on_event"):
+        model.generate(text="a", output="image", best_of=2, on_event=print)
+
+
+def test_from_the_command_line(bundle_folder: Path, tmp_path: Path) -> None:
+    command = [
+        "generate",
+        "--text",
+        "a cat",
+        "--output",
+        "image",
+        "--model",
+        str(bundle_folder),
+        "--out",
+        str(tmp_path),
+    ]
+    done = CliRunner().invoke(app, [*command, "--best-of", "3", "--num-samples", "2"])
+    assert done.exit_code == 0, done.output
+    seeds = [json.loads((tmp_path / f"0{i}.json").read_text())["seed"] for i in range(2)]
+    assert seeds[0] in (0, 1, 2) and seeds[1] in (3, 4, 5)
