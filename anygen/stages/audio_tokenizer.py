@@ -23,6 +23,7 @@ from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records
 from anygen.stages.codec_losses import CodecLoss
 from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
+from tokenizers_mm import loudness
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.encodec import MIN_SPREAD, EncodecSize, TrainableEncodec
 from tokenizers_mm.istft import InverseSTFTConfig, InverseSTFTDecoder
@@ -59,6 +60,8 @@ class AudioTokenizerConfig(StageConfig):
     """What is quieter hardly counts in it, in dB of a full-scale sine; null counts all down to -124 to -154 dB."""
     wave_weight: float = Field(0.5, ge=0)
     """Weight of the distance of waveforms."""
+    loudness_weight: float = Field(0.0, ge=0)
+    """Weight of the distance of loudness in critical bands, PESQ's as a loss (`tokenizers_mm.loudness`)."""
     commitment_weight: float = Field(0.25, ge=0)
     """Weight of keeping latents close to their codes."""
     adversarial: MSSTFTConfig = MSSTFTConfig()
@@ -96,6 +99,10 @@ class AudioTokenizerConfig(StageConfig):
             )
         if self.adversarial.weight and self.crop < (longest := max(self.adversarial.windows)):
             raise ValueError(f"crop_s={self.crop_s} is shorter than the discriminator's window of {longest} samples")
+        if self.loudness_weight and self.crop_s < loudness.WINDOW_S:
+            raise ValueError(
+                f"crop_s={self.crop_s} is shorter than the {loudness.WINDOW_S} s in which loudness is heard"
+            )
         if self.decode_with == "istft" and self.codec.hop % self.decoder.upsampling:
             raise ValueError(
                 f"decoder.upsampling={self.decoder.upsampling} does not divide the codec's hop of {self.codec.hop}"
@@ -212,7 +219,7 @@ def _codec_loss(config: AudioTokenizerConfig, codec: TrainableEncodec, istft: In
     return CodecLoss(
         codec,
         istft,
-        weights={"mel": config.mel_weight, "wave": config.wave_weight, "commitment": config.commitment_weight},
+        weights={name: getattr(config, f"{name}_weight") for name in ("mel", "wave", "loudness", "commitment")},
         judge=config.adversarial,
         judge_start=round(config.adversarial.start_share * config.loop.steps),
         balanced=config.balancer,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tokenizers_mm.balancer import Balancer, with_gradient
 from tokenizers_mm.encodec import TrainableEncodec, check_start
 from tokenizers_mm.istft import InverseSTFTDecoder
+from tokenizers_mm.loudness import loudness_distance
 from tokenizers_mm.msstft import (
     MSSTFTConfig,
     MultiScaleSTFTDiscriminator,
@@ -28,7 +29,7 @@ class CodecLoss(nn.Module):
     Args:
         codec: encoder, quantiser and EnCodec's own decoder.
         istft: the decoder that learns; None lets EnCodec's own learn.
-        weights: of the losses `mel`, `wave` and `commitment`.
+        weights: of the losses `mel`, `wave`, `loudness` and `commitment`; what has none is not computed.
         judge: the discriminator's; the losses `adversarial` and `features` have their weights there.
         judge_start: step of the first judgement.
         balanced: weights are shares of the gradient at the waveform (commitment's stays a plain weight).
@@ -59,7 +60,7 @@ class CodecLoss(nn.Module):
         self.codec, self.istft = codec, istft
         codec.model.decoder.requires_grad_(istft is None)
         self._commitment_weight = weights["commitment"]
-        self._weights = {name: weights[name] for name in ("mel", "wave") if weights[name]}
+        self._weights = {name: weights[name] for name in ("mel", "wave", "loudness") if weights.get(name)}
         self.discriminator = MultiScaleSTFTDiscriminator(judge) if judge.weight else None
         if judge.weight:
             self._weights |= {"adversarial": judge.weight}
@@ -101,6 +102,8 @@ class CodecLoss(nn.Module):
             "mel": mel_distance(leaf_BT, sound_BT, rate_hz=self.codec.size.rate_hz, floor_db=self._mel_floor_db),
             "wave": (leaf_BT - sound_BT).abs().mean(),
         }
+        if "loudness" in self._weights:
+            parts["loudness"] = loudness_distance(leaf_BT, sound_BT, rate_hz=self.codec.size.rate_hz)
         theirs = None
         if self.discriminator is not None and step >= self._judge_start:
             theirs = self._judged(leaf_BT, sound_BT, parts)

@@ -83,6 +83,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "judged": {"adversarial": JUDGE},
     "judged and balanced": {"adversarial": JUDGE, "balancer": True, "decode_with": "seanet"},
     "without the waveform": {"wave_weight": 0.0, "balancer": True},
+    "loudness": {"loudness_weight": 0.4},
+    "loudness, balanced": {"loudness_weight": 0.4, "balancer": True},
 }
 
 
@@ -184,6 +186,7 @@ def test_collapse_is_told(root: Path, tmp_path: Path, caplog: pytest.LogCaptureF
     [
         ({"crop_s": 0.01}, "a code frame of 160 samples or more"),
         ({"crop_s": 0.007, "codec": {"ratios": [5, 4]}}, "64 samples for the shortest spectrum"),
+        ({"loudness_weight": 0.1, "crop_s": 0.02, "codec": {"ratios": [5, 4]}}, "shorter than the 0.032 s"),
         ({"adversarial": {"weight": 1.0}, "crop_s": 0.2}, "discriminator's window of 2048 samples"),
         ({"steps_without_quantiser": 6}, "leaves no step with codes"),
         ({"decoder": {"upsampling": 3}}, "does not divide the codec's hop of 160"),
