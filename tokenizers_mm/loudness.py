@@ -50,11 +50,11 @@ def loudness_distance(predicted_BT: Tensor, sound_BT: Tensor, *, rate_hz: int) -
             factor_BNK = ((decoded_BNK + 50) / (original_BNK + 50)) ** 1.2
             factor_BNK = torch.where(factor_BNK < 3, 0.0, factor_BNK.clamp_max(12))
             weight_BN = (((original_BNK.sum(2) + 1e5) / 1e7) ** 0.04).reciprocal()
-        width = _bark(torch.tensor(rate_hz / 2)).sub(_bark(torch.tensor(0.0))).item() / NUM_BANDS
+        width = _bark(rate_hz / 2) / NUM_BANDS
         disturbance_BN = (masked_BNK.square().sum(2) * width * width * NUM_BANDS + _TINY).sqrt()
         asymmetric_BN = (masked_BNK * factor_BNK).sum(2) * width
-        per_frame = ((disturbance_BN * weight_BN).clamp_max(45), (asymmetric_BN * weight_BN).clamp_max(45))
-        return (0.1 * _over_time(per_frame[0]) + 0.0309 * _over_time(per_frame[1])).mean()
+        both_BN = [(frames_BN * weight_BN).clamp_max(45) for frames_BN in (disturbance_BN, asymmetric_BN)]
+        return (0.1 * _over_time(both_BN[0]) + 0.0309 * _over_time(both_BN[1])).mean()
 
 
 def _power(sound_BT: Tensor, rate_hz: int) -> Tensor:
@@ -80,8 +80,9 @@ def _over_time(frames_BN: Tensor) -> Tensor:
     return (worst_BM.square().mean(1) + _TINY).sqrt()
 
 
-def _bark(hz: Tensor) -> Tensor:
-    return 26.81 * hz / (1960 + hz) - 0.53
+def _bark(hz: float) -> float:
+    """Critical bands from 0 Hz on."""
+    return 26.81 * hz / (1960 + hz)
 
 
 @lru_cache(maxsize=8)
@@ -89,13 +90,13 @@ def _hearing(rate_hz: int) -> tuple[Tensor, Tensor, Tensor]:
     """Share of each bin in each band F x K, threshold of each band, and which bands set the level; K each."""
     window = round(WINDOW_S * rate_hz)
     spacing = rate_hz / window
-    edges = torch.linspace(_bark(torch.tensor(0.0)).item(), _bark(torch.tensor(rate_hz / 2)).item(), NUM_BANDS + 1)
-    edges = 1960 * (edges + 0.53) / (26.28 - edges)
-    centres = torch.arange(window // 2 + 1) * spacing
-    high_FK = torch.minimum(centres[:, None] + spacing / 2, edges[1:])
-    low_FK = torch.maximum(centres[:, None] - spacing / 2, edges[:-1])
+    barks = torch.linspace(0, _bark(rate_hz / 2), NUM_BANDS + 1)
+    edges_hz = 1960 * barks / (26.81 - barks)
+    bins_F1 = torch.arange(window // 2 + 1)[:, None] * spacing
+    high_FK = torch.minimum(bins_F1 + spacing / 2, edges_hz[1:])
+    low_FK = torch.maximum(bins_F1 - spacing / 2, edges_hz[:-1])
     bands_FK = (high_FK - low_FK).clamp_min(0) / spacing
-    khz_K = ((edges[1:] + edges[:-1]) / 2 / 1000).clamp_min(0.05)
+    khz_K = ((edges_hz[1:] + edges_hz[:-1]) / 2000).clamp_min(0.05)
     threshold_db_K = 3.64 * khz_K**-0.8 - 6.5 * torch.exp(-0.6 * (khz_K - 3.3) ** 2) + 1e-3 * khz_K**4
     speech_K = ((khz_K > 0.3) & (khz_K < 3.3)).float()
     return bands_FK, 10 ** (threshold_db_K / 10), speech_K
