@@ -51,7 +51,7 @@ def loudness_distance(predicted_BT: Tensor, sound_BT: Tensor, *, rate_hz: int) -
             factor_BNK = torch.where(factor_BNK < 3, 0.0, factor_BNK.clamp_max(12))
             weight_BN = (((original_BNK.sum(2) + 1e5) / 1e7) ** 0.04).reciprocal()
         width = _bark(rate_hz / 2) / NUM_BANDS
-        disturbance_BN = (masked_BNK.square().sum(2) * width * width * NUM_BANDS + _TINY).sqrt()
+        disturbance_BN = (masked_BNK.square().sum(2) * width * width * NUM_BANDS).sqrt()
         asymmetric_BN = (masked_BNK * factor_BNK).sum(2) * width
         both_BN = [(frames_BN * weight_BN).clamp_max(45) for frames_BN in (disturbance_BN, asymmetric_BN)]
         return (0.1 * _over_time(both_BN[0]) + 0.0309 * _over_time(both_BN[1])).mean()

@@ -99,6 +99,7 @@ def test_every_variant_trains_saves_and_is_an_encodec_model(root: Path, tmp_path
     assert all(0 < result.metrics[f"validation_usage{k or ''}"] <= 1 for k in range(books))
     rows = [json.loads(line) for line in (config.folder / "metrics.jsonl").read_text().splitlines()]
     assert ["usage" in row for row in rows] == [False] * 3 + [True] * 3, "once a window is full"
+    assert {"loudness" in row for row in rows} == {"loudness_weight" in fields}
     judged = [False] * 6 if "adversarial" not in fields else [False] * 3 + [True] * 3
     assert ["discriminator" in row and "adversarial" in row and "features" in row for row in rows] == judged
 

@@ -73,11 +73,17 @@ def test_only_levels_relative_to_the_original_count() -> None:
     assert distance(hiss * 1.5, hiss) < 0.1, "near silence is not turned up to the level of speech"
 
 
-@pytest.mark.parametrize("case", ["equal", "silence", "silent original", "silent decoded", "one window"])
+def test_small_differences_are_not_heard() -> None:
+    sound = speech_like(1.0)
+    assert distance(1.3 * sound, sound) < 0.03 and distance(3 * sound, sound) > 0.5, "a quarter more loudness is masked"
+
+
+@pytest.mark.parametrize("case", ["half", "equal", "silence", "silent original", "silent decoded", "one window"])
 def test_gradients_are_finite(case: str) -> None:
     sound = speech_like(0.5)
     silence = torch.zeros_like(sound)
     original, decoded = {
+        "half": (sound, torch.cat([sound[:, :4000], 2 * sound[:, 4000:]], 1)),
         "equal": (sound, sound),
         "silence": (silence, silence),
         "silent original": (silence, sound),
