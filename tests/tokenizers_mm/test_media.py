@@ -424,6 +424,7 @@ def adpcm() -> bytes:
         ((np.zeros((2, 100)), 8000), "transpose it"),
         (np.zeros(10), r"pass a path, bytes or \(array, rate\)"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "sound",  # a float WAV holds the time of its writing
 )
 def test_bad_sounds_are_typed_errors(source: Any, match: str) -> None:
     with pytest.raises(InputError, match=match):
