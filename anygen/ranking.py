@@ -21,11 +21,13 @@ from anygen.sampling.likelihood import answer_nats
 from anygen.sampling.sampler import SampleState
 from anygen.sequence import Sequencer
 
+_READ_BACK = {"text", "image", "audio"}
+
 
 def is_ranked(request: Request) -> bool:
     """True where an answer can be read backwards: one input, one output of another modality."""
     inputs, outputs = [segment.modality for segment in request.inputs], request.outputs
-    return len(inputs) == len(outputs) == 1 and outputs[0] not in ("any", "region", inputs[0])
+    return len(inputs) == len(outputs) == 1 and inputs[0] != outputs[0] and {inputs[0], outputs[0]} <= _READ_BACK
 
 
 def check_ranked(request: Request) -> None:

@@ -105,6 +105,7 @@ def test_one_generator_draws_different_answers(model: AnyGen) -> None:
         ({"text": "a", "output": ("text", "image")}, "text -> text, image"),
         ({"text": "a", "output": "text"}, "text -> text"),
         ({"image": PICTURE, "output": "region"}, "image -> region"),
+        ({"content": [{"type": "region", "region": [0.1, 0.1, 0.5, 0.5]}], "output": "text"}, "region -> text"),
         ({"text": "a", "output": "any"}, "text -> any"),
         ({"output": "image"}, "no input -> image"),
         ({"image": PICTURE, "mask": np.eye(16, dtype=bool), "output": "image"}, "image -> image"),
