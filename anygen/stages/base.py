@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from pydantic import Field
+
 from anygen.config import Config
 from anygen.data.order import Permutation
 from anygen.data.records import RecordStore
@@ -26,6 +28,9 @@ class StageConfig(Config):
     stage: str
     root: Path = Path("runs/default")
     """Folder of the run; the stage works in `root/<stage>`."""
+    earlier_run: Path | None = Field(None, exclude_if=lambda folder: folder is None)
+    """Folder of another run, whose stages before this one are taken where this run has made none of its own; see
+    `anygen.stages.earlier_run`."""
 
     @property
     def folder(self) -> Path:

@@ -22,6 +22,7 @@ from anygen.errors import CheckpointError, ConfigError
 from anygen.files import read_json, remove_leftovers, write_json
 from anygen.stages.base import StageConfig, StageResult
 from anygen.stages.catalogue import ALTERNATIVES, OPTIONAL, STAGES
+from anygen.stages.earlier_run import take_over
 from anygen.training import processes
 from anygen.training.checkpoint import checkpoints
 from anygen.training.loop import CHECKPOINTS, LoopConfig
@@ -122,6 +123,7 @@ def _run_share(config: StageConfig) -> StageResult:
     """Run a share of a stage beside other shares: the run's lock is held only while its folder is looked after."""
     mine = FileLock(config.root / f".share-{config.stage}-{config.share().replace('/', '-of-')}")
     with _locked(config.root, wait_s=_PATIENCE_S):
+        take_over(config)
         identity = _identity(config)
         done = _done(config, identity)
         if done is not None:
@@ -144,6 +146,8 @@ def _run_share(config: StageConfig) -> StageResult:
 
 def _begin(config: StageConfig, identity: str, *, sweeps: bool) -> None:
     config.check()
+    if config.folder.is_symlink():  # the work of an earlier run, which stays as it is
+        config.folder.unlink()
     _check_starts(config, config.folder)
     _move_aside_if_other(config, identity)
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -169,6 +173,7 @@ def _check_starts(config: Config, folder: Path) -> None:
 
 
 def _run_locked(config: StageConfig) -> StageResult:
+    take_over(config)
     identity = _identity(config)
     done = _done(config, identity)
     if done is not None:
@@ -220,7 +225,8 @@ def _identity(config: StageConfig) -> str:
                 f"run it again, or remove {config.root / need}"
             )
         elif need not in OPTIONAL:
-            raise ConfigError(f"stage {config.stage} reads stage {need}, which has not been run in {config.root}")
+            where = " or ".join(str(run) for run in (config.root, config.earlier_run) if run is not None)
+            raise ConfigError(f"stage {config.stage} reads stage {need}, which has not been run in {where}")
     facts = {"config": config.model_dump(mode="json", exclude={"root"}), "inputs": inputs}
     outside = config.outside_inputs()
     return fingerprint_of(facts | ({"outside": outside} if outside else {}))

@@ -36,7 +36,10 @@ def numbers(facts: dict[str, Any]) -> list[float]:
 
 
 @pytest.mark.parametrize("name", PRETRAIN)
-def test_every_recipe_is_weighed_from_the_recipes_alone(name: str, tmp_path: Path) -> None:
+def test_every_recipe_is_weighed_from_the_recipes_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no runs/ lies
     facts = weighed(name, tmp_path)
     assert not (tmp_path / "run").exists(), "a dry run leaves nothing"
     assert [source.split(":")[0] for source in facts["tokenizers"]] == ["text", "image", "audio"]
