@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from anygen.data.coded import CodedRecord, CodedStore
 from anygen.data.order import Draw, Mixture
+from anygen.data.rarity import repeats_by_rarity
 from anygen.data.shard_index import Has
 from anygen.data.story_tasks import STORY, story_document
 from anygen.documents import Document, Holed, Segment, Tokenizers, Vokens, default_task
@@ -184,6 +185,7 @@ class DocumentStream:
         drop_share: share of examples whose inputs are dropped (classifier-free guidance).
         free_share: share of examples without a task: what follows is for the model to decide (`output="any"`).
         seed: of every choice.
+        rare_repeats: how often an epoch holds a record with a word of its own; see `anygen.data.rarity`.
         shards_per_block: shards that a direction goes through at a time; 0 shuffles all records.
         lookahead: how many examples ahead the store is told what will be needed; 0 tells it nothing.
     """
@@ -197,6 +199,7 @@ class DocumentStream:
         drop_share: float,
         free_share: float,
         seed: int,
+        rare_repeats: float = 1.0,
         shards_per_block: int = 0,
         lookahead: int = 0,
     ) -> None:
@@ -205,6 +208,9 @@ class DocumentStream:
         self._directions = {text: Direction.parse(text) for text in weights}
         wanted = {text: (direction.kind, direction.needs) for text, direction in self._directions.items()}
         found = {want: store.numbers(*want) for want in set(wanted.values())}  # directions that want the same share it
+        if rare_repeats > 1:
+            repeats_N = repeats_by_rarity([store[number] for number in range(len(store))], rare_repeats)
+            found = {want: np.repeat(numbers, repeats_N[numbers]) for want, numbers in found.items()}
         self._eligible = {text: found[want] for text, want in wanted.items()}
         shards = {t: np.diff(np.searchsorted(items, store.starts)).tolist() for t, items in self._eligible.items()}
         self._mixture = Mixture(

@@ -13,8 +13,6 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 from torch import nn
 
-from anygen.codebooks import OrderName
-from anygen.config import Config
 from anygen.data.code_noise import with_noise
 from anygen.data.coded import CodedStore
 from anygen.data.loader import PackedLoader, Packing, merge_states
@@ -32,6 +30,7 @@ from anygen.packing import Packer
 from anygen.seeding import seed_of
 from anygen.sequence import Sequence, Sequencer
 from anygen.stages.base import StageConfig, StageResult, open_text_tokenizer
+from anygen.stages.block_layout import LayoutConfig
 from anygen.stages.coded_shards import LOOKAHEAD, ShardsConfig, places_of
 from anygen.stages.tokenize import coded_facts, open_media_tokenizers
 from anygen.training import processes
@@ -44,16 +43,6 @@ from tokenizers_mm.codes import Modality
 from tokenizers_mm.regions import RegionTokenizer
 
 VALIDATION_EXAMPLES = 400
-
-
-class LayoutConfig(Config):
-    """How blocks are written; see `anygen.layout.Layout`."""
-
-    audio_order: OrderName = "flat"
-    audio_kept: int = Field(0, ge=0)
-    """Books of the sound codec that the transformer models; 0 means all."""
-    max_duration_s: float = Field(10.0, gt=0)
-    """Longest sound that the model may give."""
 
 
 class PretrainConfig(StageConfig):
@@ -72,6 +61,9 @@ class PretrainConfig(StageConfig):
     """Ids kept for a voken decoder."""
     mixture: dict[str, float]
     """Direction to weight; see `anygen.data.tasks`."""
+    rare_repeats: float = Field(1.0, ge=1, exclude_if=lambda most: most == 1)
+    """How often an epoch holds a record with a word of its own, for which all are read at the start; see
+    `anygen.data.rarity`."""
     drop_share: float = Field(0.1, ge=0, le=1)
     """Share of examples that learn to answer without their inputs (classifier-free guidance)."""
     free_share: float = Field(0.1, ge=0, le=1)
@@ -137,7 +129,7 @@ class PretrainConfig(StageConfig):
 def main(config: PretrainConfig) -> StageResult:
     """Train and save `model/`: a Qwen3 checkpoint with the vocabulary and layout beside it."""
     tokenizers = open_tokenizers(config.root, location_bins=config.location_bins)
-    layout = _layout(config, tokenizers)
+    layout = config.layout.layout_of(tokenizers)
     vocabulary = Vocabulary.of(tokenizers, audio_codebooks=layout.orders["audio"].num_kept, voken=config.vokens)
     sequencer = Sequencer(vocabulary, layout)
     model = start_model(config, vocabulary, tokenizers)
@@ -180,20 +172,6 @@ def open_tokenizers(root: Path, *, location_bins: int) -> Tokenizers:
     return tokenizers
 
 
-def _layout(config: PretrainConfig, tokenizers: Tokenizers) -> Layout:
-    image, audio = tokenizers.get("image"), tokenizers.get("audio")
-    rate_hz = (audio.rate_hz if audio else None) or 1.0
-    return Layout(
-        image_codebooks=image.num_codebooks if image else 1,
-        audio_codebooks=audio.num_codebooks if audio else 1,
-        audio_order=config.layout.audio_order,
-        audio_kept=config.layout.audio_kept,
-        native_grid_hw=(image.grid_hw if image else None) or (8, 8),
-        native_frames=max(1, round(2.0 * rate_hz)),
-        max_frames=max(1, round(config.layout.max_duration_s * rate_hz)),
-    )
-
-
 class _Pretraining:
     def __init__(self, config: PretrainConfig, model: Any, sequencer: Sequencer, tokenizers: Tokenizers) -> None:
         self._sequencer = sequencer
@@ -231,6 +209,7 @@ class _Pretraining:
             drop_share=shares[0],
             free_share=shares[1],
             seed=seed,
+            rare_repeats=config.rare_repeats if split == "train" else 1.0,
             shards_per_block=config.shards.shards_per_block if config.shards else 0,
             lookahead=LOOKAHEAD if config.shards else 0,
         )
