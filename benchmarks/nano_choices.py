@@ -46,6 +46,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "z-loss 1e-2": {"z_loss": 1e-2},
     "no QK-norm": {"qk_norm": False},
     "sliced softmax": {"sliced_softmax": True},
+    "rare words three times": {"rare_repeats": 3.0},
     "no code noise": {"code_noise": 0.0},
     "code noise 0.3": {"code_noise": 0.3},
     "AdamW": {"optimizer": ADAMW},

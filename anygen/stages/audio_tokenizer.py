@@ -50,6 +50,8 @@ class AudioTokenizerConfig(StageConfig):
     """Length of the pieces of sound that are trained on."""
     speed_change: float = Field(0.0, ge=0, lt=1)
     """Play pieces up to this share faster or slower, pitch and formants with it: more voices than the data have."""
+    quieter_db: float = Field(0.0, ge=0, le=60, exclude_if=lambda most: most == 0)
+    """Make half of the pieces quieter, by up to so much: people are recorded at any level."""
     batch_size: int = Field(16, ge=1)
     """Pieces a step, of all processes together."""
     steps_without_quantiser: int = Field(200, ge=0)
@@ -158,7 +160,10 @@ class _CodecTraining:
         while available < length and len(sounds) < MAX_JOINED:
             sounds.append(generator.randrange(len(self._sounds)))
             available += self._sounds.num_samples(sounds[-1])
-        return speed, sounds, generator.randint(0, max(length, available) - length), generator.uniform(0.6, 1.3)
+        start, loudness = generator.randint(0, max(length, available) - length), generator.uniform(0.6, 1.3)
+        if self._config.quieter_db:
+            loudness *= 10 ** (-self._config.quieter_db / 20 * max(0.0, generator.uniform(-1, 1)))
+        return speed, sounds, start, loudness
 
     def _piece(self, item: int, generator: random.Random) -> Any:
         speed, sounds, start, loudness = self._drawn(item, generator)

@@ -223,6 +223,21 @@ def test_speed_changes_pitch(root: Path) -> None:
     assert pitches[1].std() > 1.3 * pitches[0].std()
 
 
+def test_half_of_the_pieces_are_made_quieter(root: Path) -> None:
+    levels = {}
+    for quieter_db in (0.0, 40.0):
+        trainee = audio_tokenizer._CodecTraining(recipe_of(root, quieter_db=quieter_db))
+        pieces = torch.cat([trainee.next_batch() for _ in range(32)])
+        levels[quieter_db] = 10 * pieces.square().mean(1).log10()
+    low, high = levels[0.0].min(), levels[0.0].max()
+    quieter = levels[40.0] < low
+    assert high - low < 12, "of pieces as they are"
+    assert 0.3 < quieter.float().mean() < 0.55 and levels[40.0].max() <= high + 0.1
+    assert low - 41 < levels[40.0].min() < low - 25, "up to 40 dB"
+    with pytest.raises(ConfigError, match="quieter_db"):
+        recipe_of(root, quieter_db=-6)
+
+
 def loss_of(
     size: EncodecSize, istft: InverseSTFTDecoder | None, weights: dict[str, float], **changes: Any
 ) -> CodecLoss:
