@@ -1,0 +1,46 @@
+"""The script of `recipes/speech/voices`: more voices for a codec."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from anygen.data.emoji_pictures import FONT_PATHS
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "recipes" / "speech" / "voices" / "more_voices.py"
+pytestmark = pytest.mark.skipif(
+    not any(p.is_file() for p in FONT_PATHS), reason="the emoji world needs the Debian package fonts-noto-color-emoji"
+)
+
+
+def run(out: Path, *voices: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(out), "--names", "2", "--voices", *voices]
+    env = {"PATH": path if path is not None else "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)  # noqa: S603
+
+
+def test_every_voice_gets_its_folder_and_what_is_there_stays(tmp_path: Path) -> None:
+    pytest.importorskip("ttspico", reason="the package ttspico is not there")
+    done = run(tmp_path, "pico/en-GB@75", "pico/de-DE@130")
+    assert done.returncode == 0, done.stderr
+    low, high = (sorted((tmp_path / voice).iterdir()) for voice in ("pico/en-GB@75", "pico/de-DE@130"))
+    assert [p.name for p in low] == [p.name for p in high] == ["0000.wav", "0001.wav"]
+    sound, rate_hz = soundfile.read(low[0])
+    assert rate_hz == 16_000 and len(sound) > 4_000 and np.abs(sound).max() > 0.05
+    low[0].write_bytes(b"mine")
+    low[1].unlink()
+    assert run(tmp_path, "pico/en-GB@75").returncode == 0
+    assert low[0].read_bytes() == b"mine" and low[1].is_file()
+
+
+def test_a_missing_engine_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = run(tmp_path / "out", "festival/ked_diphone", path=str(tmp_path / "empty"))
+    assert done.returncode == 1 and "install what the head of this file names" in done.stderr
+    assert "Traceback" not in done.stderr
