@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 def run(out: Path, *voices: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPT), str(out), "--names", "2", "--voices", *voices]
     env = {"PATH": path if path is not None else "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)  # noqa: S603
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
 
 def test_every_voice_gets_its_folder_and_what_is_there_stays(tmp_path: Path) -> None:
