@@ -12,7 +12,7 @@ def take_over(config: StageConfig) -> None:
     Work that follows from what this run has made itself is not taken: it was made from something else.
     """
     earlier, root = config.earlier_run, config.root
-    if earlier is None or earlier.resolve() == root.resolve():
+    if earlier is None:
         return
     before = _before(config.stage)
     for stage in STAGES:

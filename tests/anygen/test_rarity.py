@@ -13,6 +13,7 @@ from anygen.data.coded import CodedRecord, CodedStore, CodedUtterance, write_cod
 from anygen.data.rarity import repeats_by_rarity
 from anygen.data.tasks import DocumentStream
 from anygen.errors import ConfigError
+from anygen.stages import pretrain
 from anygen.stages.pretrain import PretrainConfig
 from tokenizers_mm.codes import Codes
 from tokenizers_mm.text import TextTokenizer
@@ -27,9 +28,9 @@ def named(*captions: str, kind: str = "emoji") -> CodedRecord:
 RECORDS = [
     *(named(f"hand, {tone} skin tone", f"a Hand with {tone} skin tone") for tone in TONES),
     named("duck", "a duck", "a picture of a duck"),
-    named("cat"),
+    named("Cat"),
     named("weary cat"),
-    *(named(f"a scene {n} of hand and duck", kind="scene") for n in range(4)),
+    *(named(f"a scene {n} of hand and cat", kind="scene") for n in range(4)),
 ]
 
 
@@ -69,3 +70,13 @@ def test_the_recipe_refuses_what_would_leave_records_out() -> None:
         build(PretrainConfig, values, source="test")
     recipe = build(PretrainConfig, values | {"rare_repeats": 1}, source="test")
     assert "rare_repeats" not in recipe.model_dump(), "recipes of before stay what they were"
+
+
+def test_the_recipe_counts_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(pretrain, "CodedStore", lambda *_, **__: None)
+    monkeypatch.setattr(pretrain, "DocumentStream", lambda *_, rare_repeats, **__: asked.append(rare_repeats))
+    values = {"mixture": {"text>text": 1}, "loop": {"steps": 1}, "rare_repeats": 3}
+    for split in ("train", "validation"):
+        pretrain._Pretraining._open(build(PretrainConfig, values, source="test"), {}, {}, split)
+    assert asked == [3, 1]
