@@ -90,6 +90,11 @@ class Direction:
             return needs | Has.UTTERANCES
         return needs | Has.CAPTIONS if "text" in modalities else needs
 
+    @property
+    def speaks(self) -> bool:
+        """True where it answers with sound to something else, or to a spoken question."""
+        return self.special == "ask_aloud" or ("audio" in self.targets and "audio" not in self.inputs)
+
     def document(self, record: CodedRecord, generator: random.Random) -> Document:
         """One document of this direction, with the record's other choices (phrasing, voice) drawn from `generator`."""
         if self.special in STORY:
@@ -112,6 +117,17 @@ class Direction:
     def _texts(self, record: CodedRecord, generator: random.Random) -> list[str]:
         texts = generator.sample(record.captions, min(2, len(record.captions)))
         return (texts * 2)[:2]
+
+
+def _said_by(record: CodedRecord, voices: tuple[str, ...]) -> CodedRecord:
+    """The record with what these voices say; with what all do, where they say nothing of it."""
+    utterances = tuple(u for u in record.utterances if u.voice in voices)
+    pairs = tuple(pair for pair in record.spoken_questions if pair[1].voice in voices)
+    return replace(
+        record,
+        utterances=utterances or record.utterances,
+        spoken_questions=pairs or record.spoken_questions,
+    )
 
 
 def _infill(special: str, record: CodedRecord, generator: random.Random) -> Document:
@@ -186,6 +202,7 @@ class DocumentStream:
         free_share: share of examples without a task: what follows is for the model to decide (`output="any"`).
         seed: of every choice.
         rare_repeats: how often an epoch holds a record with a word of its own; see `anygen.data.rarity`.
+        own_voices: what is said to a text, picture or question is in one of these, where the record has it in one.
         shards_per_block: shards that a direction goes through at a time; 0 shuffles all records.
         lookahead: how many examples ahead the store is told what will be needed; 0 tells it nothing.
     """
@@ -200,11 +217,13 @@ class DocumentStream:
         free_share: float,
         seed: int,
         rare_repeats: float = 1.0,
+        own_voices: tuple[str, ...] = (),
         shards_per_block: int = 0,
         lookahead: int = 0,
     ) -> None:
         self._store, self._tokenizers = store, tokenizers
         self._drop_share, self._free_share, self._lookahead = drop_share, free_share, lookahead
+        self._own_voices = own_voices
         self._directions = {text: Direction.parse(text) for text in weights}
         wanted = {text: (direction.kind, direction.needs) for text, direction in self._directions.items()}
         found = {want: store.numbers(*want) for want in set(wanted.values())}  # directions that want the same share it
@@ -227,8 +246,10 @@ class DocumentStream:
             self._store.prefetch(self._record_of(self._mixture(number + self._lookahead)))
         draw = self._mixture(number)
         generator = random.Random(draw.seed)
-        record = self._store[self._record_of(draw)]
-        document = self._directions[draw.kind].document(record, generator)
+        record, direction = self._store[self._record_of(draw)], self._directions[draw.kind]
+        if self._own_voices and direction.speaks:
+            record = _said_by(record, self._own_voices)
+        document = direction.document(record, generator)
         dropped, free = generator.random() < self._drop_share, generator.random() < self._free_share
         if free:
             document = replace(document, task=None)

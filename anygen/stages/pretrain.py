@@ -64,6 +64,9 @@ class PretrainConfig(StageConfig):
     rare_repeats: float = Field(1.0, ge=1, exclude_if=lambda most: most == 1)
     """How often an epoch holds a record with a word of its own, for which all are read at the start; see
     `anygen.data.rarity`."""
+    own_voices: tuple[str, ...] = Field((), exclude_if=lambda voices: not voices)
+    """The voices in which it learns to speak (`("slt",)`): a model of few voices needs less to say words well. It hears
+    all. Records that none of these speaks, and `audio>audio`, keep theirs. Empty: it speaks in all."""
     drop_share: float = Field(0.1, ge=0, le=1)
     """Share of examples that learn to answer without their inputs (classifier-free guidance)."""
     free_share: float = Field(0.1, ge=0, le=1)
@@ -209,6 +212,7 @@ class _Pretraining:
             drop_share=shares[0],
             free_share=shares[1],
             seed=seed,
+            own_voices=config.own_voices,
             rare_repeats=config.rare_repeats if split == "train" else 1.0,
             shards_per_block=config.shards.shards_per_block if config.shards else 0,
             lookahead=LOOKAHEAD if config.shards else 0,

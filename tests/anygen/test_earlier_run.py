@@ -70,6 +70,20 @@ def test_what_was_made_from_something_else_is_not_taken(tmp_path: Path) -> None:
     assert "vokens" not in taken(run), "they were learned with another transformer"
 
 
+def test_tokenizers_and_decoder_serve_other_data_but_codes_do_not(tmp_path: Path) -> None:
+    earlier = made(tmp_path / "earlier", *STAGES)
+    run = made(tmp_path / "run", "data")
+    take_over(StageConfig(stage="bundle", root=run, earlier_run=earlier))
+    assert taken(run) == {"text_tokenizer", "teacher", "image_tokenizer", "audio_tokenizer", "decoder"}
+
+
+def test_a_tokenizer_of_another_teacher_is_not_taken(tmp_path: Path) -> None:
+    earlier = made(tmp_path / "earlier", *STAGES)
+    run = made(tmp_path / "run", "data", "teacher")
+    take_over(StageConfig(stage="bundle", root=run, earlier_run=earlier))
+    assert taken(run) == {"text_tokenizer", "audio_tokenizer"}, "nor a decoder of its codes"
+
+
 def test_an_earlier_run_that_was_moved(tmp_path: Path) -> None:
     earlier = made(tmp_path / "earlier", "data")
     run = tmp_path / "run"

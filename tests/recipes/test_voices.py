@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 
 from anygen.data.emoji_pictures import FONT_PATHS
+from anygen.data.speech import check_voices, speak
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "speech" / "voices" / "more_voices.py"
@@ -19,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(out: Path, *voices: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(out), "--names", "2", "--voices", *voices]
+def run(out: Path, *voices: str, path: str | None = None, names: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(out), "--names", str(names), "--voices", *voices]
     env = {"PATH": path if path is not None else "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
@@ -37,6 +39,26 @@ def test_every_voice_gets_its_folder_and_what_is_there_stays(tmp_path: Path) -> 
     low[1].unlink()
     assert run(tmp_path, "pico/en-GB@75").returncode == 0
     assert low[0].read_bytes() == b"mine" and low[1].is_file()
+
+
+def test_the_metadata_names_what_each_sound_says(tmp_path: Path) -> None:
+    check_voices(("slt", "espeak:en-us+m3"))
+    assert run(tmp_path, "flite/slt@90", names=1).returncode == 0
+    before = (tmp_path / "flite" / "slt@90" / "0000.wav").read_bytes()
+    done = run(tmp_path, "flite/slt@90", "espeak/en-us+m3", names=3)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [row["speaker"] for row in rows] == ["flite/slt@90"] * 3 + ["espeak/en-us+m3"] * 3
+    for row in rows:
+        voice = row["speaker"].removeprefix("flite/").replace("espeak/", "espeak:")
+        sound, _ = soundfile.read(tmp_path / row["file_name"], dtype="float32")
+        assert np.allclose(sound, speak(row["text"], voice).samples_T, atol=1e-3)
+    assert (tmp_path / rows[0]["file_name"]).read_bytes() == before, "more names go on from fewer"
+
+
+def test_what_is_no_voice_is_refused(tmp_path: Path) -> None:
+    done = run(tmp_path, "pico/en-AU")
+    assert done.returncode == 2 and "'pico/en-AU' is none of festival/lp_diphone" in done.stderr
 
 
 def test_a_missing_engine_is_told_in_a_sentence(tmp_path: Path) -> None:

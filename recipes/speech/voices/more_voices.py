@@ -1,4 +1,4 @@
-r"""Names of emoji in 30 more voices, as a folder of sounds: more speakers for a codec.
+r"""Names of emoji in more voices, as a folder of sounds: 30 more speakers for a codec, or for the transformer to hear.
 
     apt-get install festival festvox-{italp16k,itapc16k,kdlpc16k,us-slt-hts,ru,suopuhe-lj,suopuhe-mv,ca-ona-hts} \
         festvox-czech-{dita,krb,machac,ph}
@@ -6,12 +6,15 @@ r"""Names of emoji in 30 more voices, as a folder of sounds: more speakers for a
     python recipes/speech/voices/more_voices.py voices [--names 500] [--voices festival/ked_diphone pico/en-GB@75]
 
 Twelve voices of festival and six of SVOX Pico, these at three pitches. Every voice reads names of the training split by
-the rules of its own language: nobody has to understand them. What lies there already is kept, so it can be interrupted.
+the rules of its own language: nobody has to understand them. Those of flite and espeak-ng can be had too, where they
+are asked for (flite/awb@80 espeak/en-us+m3). What lies there already is kept, so it can be interrupted.
+`metadata.jsonl` says what each voice of the last call reads, so a folder source can take the folder.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import subprocess
 import sys
@@ -19,8 +22,12 @@ import tempfile
 import wave
 from pathlib import Path
 
+import soundfile
+
 from anygen.data.emoji_names import spoken_forms
 from anygen.data.emoji_pictures import EmojiFont
+from anygen.data.speech import speak
+from anygen.errors import AnyGenError, DataError
 
 FESTIVAL = (
     "lp_diphone", "pc_diphone", "ked_diphone", "cmu_us_slt_arctic_hts", "msu_ru_nsh_clunits", "czech_dita", "czech_krb",
@@ -61,28 +68,66 @@ def read_by_pico(voice: str, wanted: dict[Path, str]) -> str:
     return ""
 
 
+def read_by_flite_or_espeak(voice: str, wanted: dict[Path, str]) -> str:
+    """Write every sound; returns what could not be spoken."""
+    told = ""
+    for path, text in wanted.items():
+        try:
+            audio = speak(text, voice)
+        except DataError as error:
+            told = str(error)
+            continue
+        soundfile.write(path, audio.samples_T, audio.rate_hz)
+    return told
+
+
+def read(voice: str, wanted: dict[Path, str]) -> str:
+    """Let the engine of `voice` write the texts to their paths; returns what it complained about."""
+    engine, _, name = voice.partition("/")
+    if engine == "festival":
+        return read_by_festival(name, wanted)
+    if engine == "pico":
+        return read_by_pico(name, wanted)
+    return read_by_flite_or_espeak(name if engine == "flite" else f"espeak:{name}", wanted)
+
+
+def known_voice(voice: str) -> str:
+    """`voice`, where it is one; for argparse."""
+    if voice not in VOICES and not voice.startswith(("flite/", "espeak/")):
+        raise argparse.ArgumentTypeError(f"{voice!r} is none of {', '.join(VOICES)}, flite/VOICE or espeak/VOICE")
+    return voice
+
+
 def main() -> None:
-    """Write OUT/ENGINE/VOICE/0000.wav and so on."""
+    """Write OUT/ENGINE/VOICE/0000.wav and so on, and OUT/metadata.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--names", type=int, default=500)
-    parser.add_argument("--voices", nargs="+", default=VOICES, choices=VOICES, metavar="VOICE")
+    parser.add_argument("--voices", nargs="+", default=VOICES, type=known_voice, metavar="VOICE")
     options = parser.parse_args()
     emoji = [e for e in EmojiFont().catalogue() if e.split == "train"]
+    out = options.out.resolve()
+    rows = []
     for voice in options.voices:
-        engine, _, name = voice.partition("/")
-        chosen = random.Random(name).sample(emoji, min(options.names, len(emoji)))
-        folder = options.out.resolve() / voice
+        # All are shuffled, so that more names go on from fewer: what lies there stays what the metadata says.
+        chosen = random.Random(voice.partition("/")[2]).sample(emoji, len(emoji))[: options.names]
+        folder = out / voice
         folder.mkdir(parents=True, exist_ok=True)
-        texts = {folder / f"{number:04d}.wav": spoken_forms(e.parts)[0] for number, e in enumerate(chosen)}
-        wanted = {path: text for path, text in texts.items() if not path.exists()}
+        forms = [spoken_forms(e.parts) for e in chosen]
+        texts = {folder / f"{number:04d}.wav": said[number % len(said)] for number, said in enumerate(forms)}
         try:
-            told = (read_by_festival if engine == "festival" else read_by_pico)(name, wanted)
-        except (ImportError, FileNotFoundError) as error:
+            told = read(voice, {path: text for path, text in texts.items() if not path.exists()})
+        except (ImportError, FileNotFoundError, AnyGenError) as error:
             sys.exit(
                 f"{voice} cannot be read here ({error}): install what the head of this file names, or leave it out"
             )
-        print(f"{voice}: {len(list(folder.glob('*.wav')))} of {len(chosen)}", told, flush=True)
+        rows += [
+            {"file_name": str(path.relative_to(out)), "text": text, "speaker": voice}
+            for path, text in texts.items()
+            if path.exists()
+        ]
+        print(f"{voice}: {sum(path.exists() for path in texts)} of {len(texts)}", told, flush=True)
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
