@@ -23,6 +23,7 @@ from anygen.drawing import Drawer, noise_seed
 from anygen.editing import edit_of, infills
 from anygen.errors import InputError
 from anygen.grammar import Grammar, Plan
+from anygen.planning import plan_of, via_of
 from anygen.ranking import best_of, check_ranked
 from anygen.request import Request
 from anygen.results import Event, Finished, Output, Sample
@@ -30,7 +31,7 @@ from anygen.sampling.engine import Engine
 from anygen.sampling.sampler import SampleState, sample
 from anygen.sequence import Sequencer
 from anygen.streaming import Tracker
-from tokenizers_mm.codes import Codes
+from tokenizers_mm.codes import Codes, Modality
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -163,6 +164,7 @@ class AnyGen:
                 self.bundle.tokenizers,
                 functools.partial(self._decoded, request, state),
                 state.edit,
+                state.num_via,
             )
             for index, state in enumerate(states)
         ]
@@ -197,12 +199,12 @@ class AnyGen:
                 raise InputError(
                     f"this model takes no {segment.modality} input; it takes {', '.join(sorted(tokenizers))}"
                 )
-        edit = edit_of(request, self.bundle)
+        edit, via = edit_of(request, self.bundle), via_of(request, self.bundle.via)
         if edit is not None:
             task = request.task or ("infill" if infills(self.bundle) else None)
             document, plan = edit.document(self.bundle.vocabulary, task), Plan((edit.block(self.sequencer),))
         else:
-            document, plan = request.document(), self._plan(request)
+            document, plan = request.document(via), self._plan(request, via)
         document = document.encode(tokenizers)
         prompt = self.sequencer.prompt(document)
         dropped = self.sequencer.prompt(document, drop_inputs=True) if document.segments else None
@@ -226,6 +228,7 @@ class AnyGen:
                 window=request.speculative_window,
                 edit=edit,
                 noise_seed=noise_seed(generator, seed, place),
+                num_via=0 if via is None else 1,
             )
             for place, (generator, seed) in enumerate(request.generators())
         ]
@@ -233,13 +236,15 @@ class AnyGen:
     def _drawer(self, request: Request) -> Drawer:
         return Drawer(self.bundle, request.decoder, request.num_inference_steps)
 
-    def _plan(self, request: Request) -> Plan:
+    def _plan(self, request: Request, via: Modality | None) -> Plan:
         tokenizers = self.bundle.tokenizers
-        return request.plan(
+        return plan_of(
+            request,
             self.bundle.layout,
             self.bundle.vocabulary.modalities,
             patch_px=tokenizers["image"].config.patch_px if "image" in tokenizers else 1,  # type: ignore[attr-defined]
             frame_rate_hz=(tokenizers["audio"].rate_hz if "audio" in tokenizers else None) or 1.0,
+            via=via,
         )
 
     def _answer(self, request: Request, state: SampleState) -> tuple[Segment, ...]:
@@ -269,11 +274,12 @@ class AnyGen:
         }
         ended: Literal["eos", "length"] = "length" if state.walk.is_cut else "eos"
         return Sample(
-            segments,
+            segments[state.num_via :],
             state.seed,
             ended if state.walk.done else "stopped",
             tuple(state.ids),
             provenance,
+            segments[: state.num_via],
         )
 
     def decode(self, codes: Codes) -> Any:

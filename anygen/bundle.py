@@ -55,6 +55,8 @@ class Bundle:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     renderers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The diffusion decoders it carries: name (`image`) to what drives them (`codes`, `vokens`)."""
+    via: Mapping[str, Modality] = field(default_factory=dict)
+    """Direction (`audio>image`) to what it writes before its answer, where nothing else is asked for."""
     _opened: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def renderer(self, name: str) -> Any:
@@ -97,6 +99,7 @@ def save_bundle(
     provenance: Mapping[str, Any],
     card: str,
     decoders: Mapping[str, Path] | None = None,
+    via: Mapping[str, str] | None = None,
 ) -> None:
     """Publish a bundle atomically.
 
@@ -118,6 +121,7 @@ def save_bundle(
                 "vocabulary": vocabulary.manifest(),
                 "layout": layout.to_json(),
                 "defaults": {name: options.to_json() for name, options in defaults.items()},
+                **({"via": dict(via)} if via else {}),
                 "provenance": dict(provenance),
             },
         )
@@ -147,13 +151,20 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
         layout = Layout.from_json(facts["layout"])
         defaults = {str(name): SamplingOptions(**options) for name, options in facts["defaults"].items()}
         provenance = dict(facts["provenance"])
+        via = _via(facts.get("via", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / ANYGEN_JSON} is broken: {type(error).__name__}: {error}") from error
     target = _usable(device)
     tokenizers = load_tokenizers(path / "tokenizers", vocabulary, target)
     vocabulary.check(tokenizers)
     model = _load_model(path, vocabulary).to(target)
-    return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, carried(path / "decoders"))
+    return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, carried(path / "decoders"), via)
+
+
+def _via(facts: Mapping[str, Any]) -> dict[str, Modality]:
+    if any(text != "text" or ">" not in direction for direction, text in facts.items()):
+        raise ValueError(f"via holds directions, each with 'text'; got {dict(facts)!r}")
+    return {str(direction): "text" for direction in facts}
 
 
 def _usable(device: str) -> torch.device:

@@ -51,6 +51,6 @@ def best_of(bundle: Bundle, sequencer: Sequencer, states: Sequence[SampleState],
 
 def _backwards(sequencer: Sequencer, state: SampleState) -> Document:
     """Its answer as the input, and its input as the answer."""
-    given, answer = sequencer.parse(np.concatenate([state.prompt, state.ids])).document.segments
+    given, *_, answer = sequencer.parse(np.concatenate([state.prompt, state.ids])).document.segments
     task = default_task((answer.modality,), given.modality)
     return Document((replace(answer, target=False), replace(given, target=True)), task)

@@ -1,4 +1,4 @@
-"""What a caller may ask for, checked once and turned into a document of inputs, a plan of outputs and a budget."""
+"""What a caller may ask for, checked once and turned into a document of inputs and options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from PIL import Image
 
 from anygen.documents import Document, Segment, default_task
 from anygen.errors import InputError
-from anygen.grammar import Block, Plan
 from anygen.inputs import (
     MaskSource,
     check_duration,
@@ -29,9 +28,8 @@ from anygen.inputs import (
     segment_of,
     sides_of,
 )
-from anygen.layout import Layout
 from anygen.sampling.choose import OPTION_NAMES, TEXT_ONLY, SamplingOptions
-from anygen.vocabulary import NUM_NUMBERS, TASKS
+from anygen.vocabulary import TASKS
 from tokenizers_mm.codes import MODALITIES, Modality
 from tokenizers_mm.media import PictureSource, SoundSource
 
@@ -106,6 +104,9 @@ class Request:
     """What draws pictures; diffusion decoders come with bundles that carry them, and need `anygen[diffusion]`."""
     num_inference_steps: int | None = None
     """Steps of a diffusion decoder, 4 by default; more than 100 are refused."""
+    via: Literal["text", "nothing"] | None = None
+    """`text` writes what it hears or sees before it answers, and keeps that out of the answer (chain of modality,
+    SpeechGPT, arXiv 2305.11000); by default the bundle knows where that helps."""
 
     def __post_init__(self) -> None:
         if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):
@@ -124,6 +125,8 @@ class Request:
         if self.task is not None:
             check_name("task", self.task, TASKS)
         check_name("decoder", self.decoder, ("codes", "diffusion", "voken"))
+        if self.via is not None:
+            check_name("via", self.via, ("text", "nothing"))
         if self.size is not None:
             sides_of(self.size)
         if self.duration_s is not None:
@@ -133,7 +136,8 @@ class Request:
                 raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
             self._take_integer("num_inference_steps", 1, 100)
         self._check_edit()
-        self.outputs  # noqa: B018  checks them
+        if self.via == "text" and (self.edited is not None or self.outputs[0] in ("text", "any")):
+            raise InputError(f"via='text' writes a text before what was asked for: not edits, nor {self.outputs}")
         self.options({})
 
     def _take_integer(self, name: str, low: int, high: int) -> None:
@@ -216,55 +220,13 @@ class Request:
                 given.append({"type": modality, modality: value})
         return tuple(segment_of(item) for item in given)
 
-    def document(self) -> Document:
-        """The inputs, and the task that they and the first output suggest."""
+    def document(self, via: Modality | None = None) -> Document:
+        """The inputs, and the task that they and what is written first suggest."""
         kinds = tuple(segment.modality for segment in self.inputs)
         if self.task is not None:
             return Document(self.inputs, self.task)
-        first = self.outputs[0]
+        first = via or self.outputs[0]
         return Document(self.inputs, None if first == "any" else default_task(kinds, first))
-
-    def plan(self, layout: Layout, modalities: Sequence[str], *, patch_px: int, frame_rate_hz: float) -> Plan:
-        """The blocks to generate, with their shapes where they are fixed."""
-        if self.outputs == ("any",):
-            kinds = [m for m in MODALITIES if m in modalities and m != "region"]
-            drawn = {"image": self._drawn(layout, patch_px)} if self.decoder != "codes" else {}
-            return Plan(tuple(drawn.get(m, Block(m)) for m in kinds), free=True)
-        blocks = []
-        for name in self.outputs:
-            shape: tuple[int, ...] | None = None
-            if name == "image" and self.decoder != "codes":
-                blocks.append(self._drawn(layout, patch_px))
-                continue
-            if name == "image" and self.size is not None:
-                shape = self._grid(patch_px)
-            elif name == "audio" and self.duration_s is not None:
-                shape = self._length(layout, frame_rate_hz)
-            blocks.append(Block(name, shape))  # type: ignore[arg-type]
-        return Plan(tuple(blocks))
-
-    def _drawn(self, layout: Layout, patch_px: int) -> Block:
-        """A picture for a diffusion decoder, which draws one size only."""
-        height, width = layout.native_grid_hw
-        if self.size is not None and self._grid(patch_px) != (height, width):
-            raise InputError(
-                f"decoder={self.decoder!r} draws {height * patch_px} x {width * patch_px} px only; leave size out"
-            )
-        if self.decoder == "voken":
-            return Block("image", as_vokens=True)
-        return Block("image", (height, width))
-
-    def _grid(self, patch_px: int) -> tuple[int, int]:
-        height, width = sides_of(self.size)
-        if height % patch_px or width % patch_px:
-            raise InputError(f"pictures of this model have sides in multiples of {patch_px} px; got size {self.size!r}")
-        return height // patch_px, width // patch_px
-
-    def _length(self, layout: Layout, frame_rate_hz: float) -> tuple[int, int]:
-        duration_s, longest_s = check_duration(self.duration_s), layout.max_frames / frame_rate_hz
-        if duration_s > longest_s:
-            raise InputError(f"duration_s must be above 0 and at most {longest_s:.1f}; got {duration_s!r}")
-        return divmod(max(1, round(duration_s * frame_rate_hz)), NUM_NUMBERS)
 
     def options(self, defaults: Mapping[str, SamplingOptions]) -> dict[str, SamplingOptions]:
         """Sampling options by modality: the bundle's defaults under this call's own."""
@@ -287,7 +249,8 @@ class Request:
     def describe(self) -> dict[str, Any]:
         """JSON-able account of the request: texts as they are, media by the hash of their content."""
         facts: dict[str, Any] = {"output": list(self.outputs), "inputs": [describe(s) for s in self.inputs]}
-        for name in ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s", "span", "num_inference_steps"):
+        names = ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s", "span", "num_inference_steps", "via")
+        for name in names:
             if getattr(self, name) is not None:
                 facts[name] = getattr(self, name)
         if self.mask_picture is not None:

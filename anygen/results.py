@@ -32,9 +32,11 @@ class Sample:
     """`length` where `max_new_tokens` cut a text short, made a picture or sound smaller, or left no room for more;
     `stopped` where a callback ended it: whole segments, and the text so far."""
     ids: tuple[int, ...] = field(repr=False)
-    """The generated ids."""
+    """The generated ids, those of `via` first."""
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Bundle, prompt, options and versions; JSON-able."""
+    via: tuple[Segment, ...] = ()
+    """What was written before the answer and is no part of it: what the model heard or saw (`Request.via`)."""
 
     def of(self, modality: str) -> list[Any]:
         """The media of one modality, in order."""
@@ -114,6 +116,8 @@ class Output:
             ]
             facts = {**sample.provenance, "seed": sample.seed, "finish_reason": sample.finish_reason, "ids": sample.ids}
             facts["files"] = [path.name for path in files]
+            if sample.via:
+                facts["via"] = [str(segment.content) for segment in sample.via]
             (folder / f"{index:02d}.json").write_text(
                 json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
             )

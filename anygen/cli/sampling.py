@@ -48,6 +48,9 @@ def generate(
     ] = False,
     decoder: Annotated[str, typer.Option(help="What draws pictures: codes, diffusion or voken.")] = "codes",
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps of a diffusion decoder.")] = None,
+    via: Annotated[
+        str | None, typer.Option(help="text: write what is heard or seen before answering; nothing: do not.")
+    ] = None,
     speculative_window: Annotated[
         int | None, typer.Option(help="Codes that one pass may add; 1 is plain. The answers are the same.")
     ] = None,
@@ -87,6 +90,7 @@ def generate(
         decoder=decoder,  # type: ignore[arg-type]
         num_inference_steps=num_inference_steps,
         speculative_window=speculative_window,
+        via=via,  # type: ignore[arg-type]
     )
     request.inputs, request.mask_picture  # noqa: B018  a bad file is told before the model is loaded
     if profile and stream:

@@ -38,6 +38,8 @@ class BundleConfig(StageConfig):
     """Name in provenance and on the model card."""
     defaults: dict[Literal["text", "image", "audio", "region", "control"], OptionsConfig] = {}
     """Sampling options by modality of the id that is drawn."""
+    via: dict[str, Literal["text"]] = Field({}, exclude_if=lambda via: not via)
+    """Direction (`"audio>image": text`) to what is written before the answer and kept out of it."""
     notes: str = ""
     """Paragraph for the model card: data, licences, limits."""
 
@@ -78,6 +80,7 @@ def main(config: BundleConfig) -> StageResult:
         provenance=provenance,
         card=_card(facts),
         decoders=decoders,
+        via=config.via,
     )
     size = sum(p.stat().st_size for p in (config.folder / config.name).rglob("*") if p.is_file())
     return StageResult(config.folder, (config.folder / config.name,), {"megabytes": size / 1e6})

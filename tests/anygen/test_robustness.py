@@ -16,6 +16,7 @@ from PIL import Image
 
 from anygen.api import AnyGen
 from anygen.errors import CheckpointError, InputError, MissingDependency
+from anygen.planning import plan_of
 from anygen.request import Request
 from anygen.results import RowDone, Sample, SoundChunk
 from tokenizers_mm.codes import Codes
@@ -71,7 +72,7 @@ def budget_of(model: AnyGen, call: dict[str, Any], random: np.random.Generator) 
     if "output" not in call or call["output"] == "any":
         return call.get("max_new_tokens")
     request = Request(**call)
-    plan = request.plan(model.bundle.layout, MODALITIES, patch_px=PATCH_PX, frame_rate_hz=RATE_HZ)
+    plan = plan_of(request, model.bundle.layout, MODALITIES, patch_px=PATCH_PX, frame_rate_hz=RATE_HZ)
     return model.grammar.smallest_budget(plan) + int(random.choice([0, 1, 3, 10, 40]))
 
 

@@ -1,0 +1,89 @@
+"""From a request to what is written for it: which blocks, in which shapes, and what before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from anygen.errors import InputError
+from anygen.inputs import check_duration, sides_of
+from anygen.layout import Layout
+from anygen.plan import Block, Plan
+from anygen.request import Request
+from anygen.vocabulary import NUM_NUMBERS
+from tokenizers_mm.codes import MODALITIES, Modality
+
+
+def via_of(request: Request, usual: Mapping[str, Modality]) -> Modality | None:
+    """What is written before the answer: as asked, else what is usual for this direction (`audio>image`)."""
+    if request.via is not None:
+        return "text" if request.via == "text" else None
+    if request.task is not None or request.edited is not None:
+        return None
+    inputs = ",".join(segment.modality for segment in request.inputs)
+    return usual.get(f"{inputs}>{','.join(request.outputs)}")
+
+
+def plan_of(
+    request: Request,
+    layout: Layout,
+    modalities: Sequence[str],
+    *,
+    patch_px: int,
+    frame_rate_hz: float,
+    via: Modality | None = None,
+) -> Plan:
+    """The blocks to generate, with their shapes where they are fixed.
+
+    Args:
+        request: what is asked for.
+        layout: of the model: longest sounds, native grid of pictures.
+        modalities: those that it has.
+        patch_px: side of what one picture code stands for.
+        frame_rate_hz: frames of sound codes in a second.
+        via: what is written before all that was asked for.
+
+    Raises:
+        InputError: a size or duration that the model cannot write.
+    """
+    if request.outputs == ("any",):
+        kinds = [m for m in MODALITIES if m in modalities and m != "region"]
+        drawn = {"image": _drawn(request, layout, patch_px)} if request.decoder != "codes" else {}
+        return Plan(tuple(drawn.get(m, Block(m)) for m in kinds), free=True)
+    blocks = [] if via is None else [Block(via)]
+    for name in request.outputs:
+        shape: tuple[int, ...] | None = None
+        if name == "image" and request.decoder != "codes":
+            blocks.append(_drawn(request, layout, patch_px))
+            continue
+        if name == "image" and request.size is not None:
+            shape = _grid(request, patch_px)
+        elif name == "audio" and request.duration_s is not None:
+            shape = _length(request, layout, frame_rate_hz)
+        blocks.append(Block(name, shape))  # type: ignore[arg-type]
+    return Plan(tuple(blocks))
+
+
+def _drawn(request: Request, layout: Layout, patch_px: int) -> Block:
+    """A picture for a diffusion decoder, which draws one size only."""
+    height, width = layout.native_grid_hw
+    if request.size is not None and _grid(request, patch_px) != (height, width):
+        raise InputError(
+            f"decoder={request.decoder!r} draws {height * patch_px} x {width * patch_px} px only; leave size out"
+        )
+    if request.decoder == "voken":
+        return Block("image", as_vokens=True)
+    return Block("image", (height, width))
+
+
+def _grid(request: Request, patch_px: int) -> tuple[int, int]:
+    height, width = sides_of(request.size)
+    if height % patch_px or width % patch_px:
+        raise InputError(f"pictures of this model have sides in multiples of {patch_px} px; got size {request.size!r}")
+    return height // patch_px, width // patch_px
+
+
+def _length(request: Request, layout: Layout, frame_rate_hz: float) -> tuple[int, int]:
+    duration_s, longest_s = check_duration(request.duration_s), layout.max_frames / frame_rate_hz
+    if duration_s > longest_s:
+        raise InputError(f"duration_s must be above 0 and at most {longest_s:.1f}; got {duration_s!r}")
+    return divmod(max(1, round(duration_s * frame_rate_hz)), NUM_NUMBERS)

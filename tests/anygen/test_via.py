@@ -1,0 +1,132 @@
+"""`via`: a text is written before the answer and kept out of it, as asked or where the bundle says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_bundle import edit, resealed
+from typer.testing import CliRunner
+
+from anygen.api import AnyGen
+from anygen.bundle import load_bundle
+from anygen.cli.app import app
+from anygen.errors import CheckpointError, InputError
+from anygen.request import Request
+from anygen.results import Finished, SegmentFinished, TextDelta
+from anygen.stages.bundle import BundleConfig
+from tokenizers_mm.media import Audio
+
+PICTURE = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
+SOUND = Audio(np.sin(np.arange(1600) / 9).astype(np.float32) / 2, 16_000)
+CALL: dict[str, Any] = {"audio": SOUND, "output": "image", "size": 16, "temperature": 2.0, "max_new_tokens": 60}
+
+
+@pytest.fixture
+def chained(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> AnyGen:
+    """The tiny model, whose bundle draws what it hears by way of a text."""
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, via={"audio>image": "text"}))
+    return model
+
+
+def kinds(sample: Any) -> tuple[str, ...]:
+    return tuple(segment.modality for segment in sample.segments)
+
+
+def test_the_text_is_written_first_and_kept_out(model: AnyGen) -> None:
+    (by_text,) = model.generate(**CALL, via="text").samples
+    (both,) = model.generate(**CALL | {"output": ("text", "image")}).samples
+    assert by_text.ids == both.ids, "it is the same chain"
+    assert kinds(by_text) == ("image",) and kinds(both) == ("text", "image")
+    assert [s.content for s in by_text.via] == both.of("text") and both.via == ()
+    assert np.array_equal(np.asarray(by_text.of("image")[0]), np.asarray(both.of("image")[0]))
+    assert by_text.provenance["request"]["via"] == "text" and "via" not in both.provenance["request"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_chained"),
+    [
+        ({}, True),
+        ({"num_samples": 2}, True),
+        ({"via": "nothing"}, False),
+        ({"task": "depict"}, False),
+        ({"text": "a cat"}, False),
+        ({"output": "audio", "size": None}, False),
+    ],
+)
+def test_the_bundle_says_where_it_helps_and_the_caller_has_the_last_word(
+    chained: AnyGen, changes: dict[str, Any], is_chained: bool
+) -> None:
+    for sample in chained.generate(**CALL | changes).samples:
+        assert [s.modality for s in sample.via] == ["text"] * is_chained
+        assert kinds(sample) == (changes.get("output", "image"),)
+
+
+def test_streams_tell_of_the_answer_alone(chained: AnyGen) -> None:
+    events = list(chained.stream(**CALL))
+    assert not any(isinstance(event, TextDelta) for event in events)
+    assert [e.segment.modality for e in events if isinstance(e, SegmentFinished)] == ["image"]
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    (streamed,), (plain,) = finished.output.samples, chained.generate(**CALL).samples
+    assert streamed.ids == plain.ids and streamed.via == plain.via and kinds(streamed) == ("image",)
+    told: list[str] = []
+    stopped = chained.generate(**CALL, on_event=lambda event: told.append(type(event).__name__))
+    assert told[0] == "SegmentStarted" and stopped.samples[0].ids == plain.ids
+
+
+def test_the_best_of_several_is_judged_by_the_answer(chained: AnyGen) -> None:
+    kept = chained.generate(**CALL, best_of=4).samples[0]
+    drawn = chained.generate(**CALL, num_samples=4).samples
+    assert kept.ids in {sample.ids for sample in drawn} and len(kept.via) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"audio": SOUND, "output": "image", "via": "image"}, "unknown via 'image'; expected one of text, nothing"),
+        ({"audio": SOUND, "output": "image", "via": 3}, "unknown via 3"),
+        ({"audio": SOUND, "output": ("text", "image"), "via": "text"}, "before what was asked for"),
+        ({"audio": SOUND, "output": "any", "via": "text"}, "before what was asked for"),
+        ({"image": PICTURE, "mask": np.eye(16, dtype=bool), "via": "text"}, "before what was asked for: not edits"),
+    ],
+)
+def test_what_it_is_not_for_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Request(**arguments)
+
+
+def test_the_command_line_keeps_the_text_beside_the_picture(bundle_folder: Path, tmp_path: Path) -> None:
+    SOUND.save(tmp_path / "said.wav")
+    command = (
+        f"generate --audio {tmp_path}/said.wav --output image --via text --model {bundle_folder} --out {tmp_path}/out"
+    )
+    done = CliRunner().invoke(app, command.split())
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["00-0-image.png", "00.json"]
+    facts = json.loads((tmp_path / "out" / "00.json").read_text())
+    assert len(facts["via"]) == 1 and facts["request"]["via"] == "text"
+
+
+def test_a_bundle_carries_it(bundle_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "b"
+    shutil.copytree(bundle_folder, folder)
+    edit(folder / "anygen.json", lambda facts: facts.update(via={"audio>image": "text"}))
+    resealed(folder)
+    assert load_bundle(folder).via == {"audio>image": "text"} and load_bundle(bundle_folder).via == {}
+    for wrong in ({"audio>image": "image"}, {"audio": "text"}, ["audio>image"], "text"):
+        edit(folder / "anygen.json", lambda facts, wrong=wrong: facts.update(via=wrong))
+        resealed(folder)
+        with pytest.raises(CheckpointError, match=r"anygen.json is broken"):
+            load_bundle(folder)
+
+
+def test_recipes_of_before_stay_what_they_were() -> None:
+    assert "via" not in BundleConfig(name="a").model_dump()
+    assert BundleConfig(name="a", via={"audio>image": "text"}).model_dump()["via"] == {"audio>image": "text"}
