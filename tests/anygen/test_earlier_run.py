@@ -77,6 +77,13 @@ def test_tokenizers_and_decoder_serve_other_data_but_codes_do_not(tmp_path: Path
     assert taken(run) == {"text_tokenizer", "teacher", "image_tokenizer", "audio_tokenizer", "decoder"}
 
 
+def test_a_decoder_serves_codes_that_were_made_anew_with_the_same_tokenizer(tmp_path: Path) -> None:
+    earlier = made(tmp_path / "earlier", *STAGES)
+    run = made(tmp_path / "run", "data", "tokenize", "pretrain")
+    take_over(StageConfig(stage="bundle", root=run, earlier_run=earlier))
+    assert "decoder" in taken(run) and "vokens" not in taken(run)
+
+
 def test_a_tokenizer_of_another_teacher_is_not_taken(tmp_path: Path) -> None:
     earlier = made(tmp_path / "earlier", *STAGES)
     run = made(tmp_path / "run", "data", "teacher")

@@ -11,6 +11,7 @@ import pytest
 from anygen.config import build
 from anygen.data.coded import CodedRecord, CodedStore, CodedUtterance, write_coded_shard
 from anygen.data.tasks import DocumentStream
+from anygen.stages import pretrain
 from anygen.stages.pretrain import PretrainConfig
 from tokenizers_mm.codes import Codes
 from tokenizers_mm.text import TextTokenizer
@@ -65,6 +66,16 @@ def test_it_speaks_in_its_own_voice_and_hears_all(
 
 def test_what_none_of_its_voices_says_is_said_by_the_others(tmp_path: Path, text_tokenizer: TextTokenizer) -> None:
     assert voices_of("text>audio", OTHERS, tmp_path, text_tokenizer, ("slt",)) == (set(), {"awb", "kal"})
+
+
+def test_the_recipe_passes_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(pretrain, "CodedStore", lambda *_, **__: None)
+    monkeypatch.setattr(pretrain, "DocumentStream", lambda *_, own_voices, **__: asked.append(own_voices))
+    values = {"mixture": {"text>text": 1}, "loop": {"steps": 1}, "own_voices": ["slt"]}
+    for split in ("train", "validation"):
+        pretrain._Pretraining._open(build(PretrainConfig, values, source="test"), {}, {}, split)
+    assert asked == [("slt",), ("slt",)]
 
 
 def test_without_own_voices_it_speaks_in_all(tmp_path: Path, text_tokenizer: TextTokenizer) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,14 @@ from PIL import Image
 from test_bundle import edit, resealed
 from typer.testing import CliRunner
 
+from anygen import ranking
 from anygen.api import AnyGen
 from anygen.bundle import load_bundle
 from anygen.cli.app import app
 from anygen.errors import CheckpointError, InputError
 from anygen.request import Request
 from anygen.results import Finished, SegmentFinished, TextDelta
+from anygen.stages import bundle as stage
 from anygen.stages.bundle import BundleConfig
 from tokenizers_mm.media import Audio
 
@@ -81,10 +84,20 @@ def test_streams_tell_of_the_answer_alone(chained: AnyGen) -> None:
     assert told[0] == "SegmentStarted" and stopped.samples[0].ids == plain.ids
 
 
-def test_the_best_of_several_is_judged_by_the_answer(chained: AnyGen) -> None:
+def test_the_best_of_several_is_judged_by_the_answer(chained: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, ...]] = []
+    backwards = ranking._backwards
+
+    def watched(*arguments: Any) -> Any:
+        document = backwards(*arguments)
+        read.append(tuple(segment.modality for segment in document.segments))
+        return document
+
+    monkeypatch.setattr(ranking, "_backwards", watched)
     kept = chained.generate(**CALL, best_of=4).samples[0]
     drawn = chained.generate(**CALL, num_samples=4).samples
     assert kept.ids in {sample.ids for sample in drawn} and len(kept.via) == 1
+    assert read == [("image", "audio")] * 4, "from the picture to the sound, not from the text between"
 
 
 @pytest.mark.parametrize(
@@ -125,6 +138,18 @@ def test_a_bundle_carries_it(bundle_folder: Path, tmp_path: Path) -> None:
         resealed(folder)
         with pytest.raises(CheckpointError, match=r"anygen.json is broken"):
             load_bundle(folder)
+
+
+def test_the_stage_writes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written: list[Any] = []
+    nothing = SimpleNamespace(range=lambda _: SimpleNamespace(size=1))
+    monkeypatch.setattr(stage, "load_pretrained", lambda _: (None, nothing, None))
+    monkeypatch.setattr(stage, "open_tokenizers", lambda *_, **__: {})
+    monkeypatch.setattr(stage, "num_parameters", lambda _: 0)
+    monkeypatch.setattr(stage, "_card", lambda _: "")
+    monkeypatch.setattr(stage, "save_bundle", lambda *_, via, **__: written.append(via))
+    stage.main(BundleConfig(root=tmp_path, name="a", via={"audio>image": "text"}))
+    assert written == [{"audio>image": "text"}]
 
 
 def test_recipes_of_before_stay_what_they_were() -> None:
