@@ -26,7 +26,7 @@ import soundfile
 
 from anygen.data.emoji_names import spoken_forms
 from anygen.data.emoji_pictures import EmojiFont
-from anygen.data.speech import speak
+from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak, speaker_of
 from anygen.errors import AnyGenError, DataError
 
 FESTIVAL = (
@@ -88,13 +88,27 @@ def read(voice: str, wanted: dict[Path, str]) -> str:
         return read_by_festival(name, wanted)
     if engine == "pico":
         return read_by_pico(name, wanted)
-    return read_by_flite_or_espeak(name if engine == "flite" else f"espeak:{name}", wanted)
+    return read_by_flite_or_espeak(spoken_name(voice), wanted)
+
+
+def spoken_name(voice: str) -> str:
+    """What `anygen.data.speech` calls a voice of flite or espeak-ng."""
+    engine, _, name = voice.partition("/")
+    return name if engine == "flite" else f"espeak:{name}"
 
 
 def known_voice(voice: str) -> str:
-    """`voice`, where it is one; for argparse."""
-    if voice not in VOICES and not voice.startswith(("flite/", "espeak/")):
+    """`voice`, where it is one that training may hear; for argparse."""
+    if voice in VOICES:
+        return voice
+    if not voice.startswith(("flite/", "espeak/")):
         raise argparse.ArgumentTypeError(f"{voice!r} is none of {', '.join(VOICES)}, flite/VOICE or espeak/VOICE")
+    if speaker_of(spoken_name(voice)) == HELD_OUT_VOICE:
+        raise argparse.ArgumentTypeError(f"{voice!r} is held out: figures of unheard voices are measured with it")
+    try:
+        check_voices((spoken_name(voice),))
+    except AnyGenError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return voice
 
 
