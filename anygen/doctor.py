@@ -86,9 +86,12 @@ def _device() -> Iterator[Finding]:
     import torch
 
     from anygen.model.attention_kernels import resolve
+    from anygen.training.precision import is_bf16_fast
 
     if not torch.cuda.is_available():
-        yield Finding("device", "ok", f"CPU, {torch.get_num_threads()} threads; attention by torch SDPA")
+        trains = "bf16" if is_bf16_fast(torch.device("cpu")) else "fp32 (it has no instructions for bf16)"
+        threads = torch.get_num_threads()
+        yield Finding("device", "ok", f"CPU, {threads} threads; attention by torch SDPA; trains in {trains}")
         return
     yield Finding("device", "ok", f"{torch.cuda.get_device_name()}; attention by {resolve()}")
 

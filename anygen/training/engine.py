@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,11 @@ from anygen.training import checkpoint, processes, sharding
 from anygen.training.averaging import WeightAverage
 from anygen.training.checkpoint import Restored
 from anygen.training.parts import Sparing, parts_of
+from anygen.training.precision import is_bf16_fast
 from anygen.training.schedule import OptimizerConfig, make_optimizer
 from tokenizers_mm import compat  # noqa: F401  accelerate looks at the same fragile packages as transformers
+
+logger = logging.getLogger("anygen")
 
 
 @runtime_checkable
@@ -64,6 +68,9 @@ class Engine:
         from accelerate.state import AcceleratorState
 
         processes.join(cpu=cpu)
+        if bf16 and not is_bf16_fast(torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")):
+            logger.info("this CPU has no instructions for bf16: fp32 is faster, and is taken")
+            bf16 = False
         # accelerate keeps one global state per process; stages that run after one another differ in precision
         AcceleratorState._reset_state(reset_partial_state=True)
         # Buffers are the same on every process, or are made so where they change (`tokenizers_mm.together`).

@@ -45,7 +45,7 @@ class LoopConfig(Config):
     their running means where it kept these; steps, learning rate, optimizer and data are this recipe's."""
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16 is autocast: weights and their updates stay fp32."""
+    """bf16 is autocast: weights and their updates stay fp32. A CPU without instructions for bf16 computes in fp32."""
     device: Literal["auto", "cpu"] = "auto"
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = Field(1, ge=1, exclude_if=lambda count: count == 1)

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from anygen.config import Config
-from anygen.training.muon import Joined, block_matrices
+from anygen.training.muon import Joined, Muon, block_matrices
 from anygen.training.parts import parts_of
 
 
@@ -70,7 +70,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     if not matrices:
         return adamw
-    muon = torch.optim.Muon(
+    muon = Muon(
         [{"params": matrices, "lr_ratio": config.muon_lr_ratio}],
         lr=config.lr * config.muon_lr_ratio,
         weight_decay=config.weight_decay,
