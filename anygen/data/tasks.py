@@ -171,7 +171,7 @@ def _special(name: str, record: CodedRecord, generator: random.Random) -> Docume
         asked, answered = generator.choice(record.spoken_questions)
         return _about(record, ("audio", asked.codes), ("audio", answered.codes), "answer")
     if name == "locate":
-        thing, region = generator.choice(_unique(record.objects))
+        thing, region = generator.choice(_first_of_each(record.objects))
         return _about(record, ("text", thing), ("region", region), "locate")
     if name.startswith("infill_"):
         return _infill(name, record, generator)
@@ -185,10 +185,9 @@ def _about(record: CodedRecord, given: tuple[Modality, Any], target: tuple[Modal
     return Document((Segment("image", record.picture), Segment(*given), Segment(*target, target=True)), task)  # type: ignore[arg-type]
 
 
-def _unique(objects: tuple[tuple[str, Region], ...]) -> list[tuple[str, Region]]:
-    """Objects whose name stands once, so that a question about them has one answer; all where none does."""
-    names = [name for name, _ in objects]
-    return [o for o in objects if names.count(o[0]) == 1] or list(objects)
+def _first_of_each(objects: tuple[tuple[str, Region], ...]) -> list[tuple[str, Region]]:
+    """Each name with the first box that has it (in a scene the highest, then leftmost): a name has one answer."""
+    return list(dict(reversed(objects)).items())
 
 
 class DocumentStream:

@@ -29,8 +29,8 @@ class StageConfig(Config):
     root: Path = Path("runs/default")
     """Folder of the run; the stage works in `root/<stage>`."""
     earlier_run: Path | None = Field(None, exclude_if=lambda folder: folder is None)
-    """Folder of another run, whose stages before this one are taken where this run has made none of its own; see
-    `anygen.stages.earlier_run`."""
+    """Folder of another run, whose stages before this one are taken where this run has made none of its own; or a
+    bundle (`nano`: the embedded one), whose tokenizers and decoder are. See `anygen.stages.earlier_run`."""
 
     @property
     def folder(self) -> Path:

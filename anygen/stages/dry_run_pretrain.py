@@ -55,7 +55,7 @@ def weigh_pretrain(config: PretrainConfig, recipe: Path | None) -> dict[str, Any
     if config.init_from is None:
         architecture = qwen3_config(config.model, vocabulary)
     else:
-        architecture = read_qwen3_config(config.init_from)
+        architecture = read_qwen3_config(config.start_folder)
         architecture.vocab_size = vocabulary.size
     model = _shapes_of(architecture)
     cost = TrainingCost.of_config(architecture)

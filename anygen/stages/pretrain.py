@@ -18,7 +18,7 @@ from anygen.data.coded import CodedStore
 from anygen.data.loader import PackedLoader, Packing, merge_states
 from anygen.data.tasks import Direction, DocumentStream
 from anygen.documents import Tokenizers
-from anygen.errors import DataError
+from anygen.errors import ConfigError, DataError
 from anygen.files import publishing, read_json, verify, write_json
 from anygen.layout import Layout
 from anygen.model.causal import ModelConfig, create_model, num_parameters
@@ -32,6 +32,7 @@ from anygen.sequence import Sequence, Sequencer
 from anygen.stages.base import StageConfig, StageResult, open_text_tokenizer
 from anygen.stages.block_layout import LayoutConfig
 from anygen.stages.coded_shards import LOOKAHEAD, ShardsConfig, places_of
+from anygen.stages.from_bundle import bundle_at, model_of
 from anygen.stages.tokenize import coded_facts, open_media_tokenizers
 from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
@@ -52,7 +53,8 @@ class PretrainConfig(StageConfig):
     stage: Literal["pretrain"] = "pretrain"
     model: ModelConfig = ModelConfig()
     init_from: Path | None = Field(None, exclude_if=lambda path: path is None)
-    """Folder of a Qwen3 checkpoint to start from, in place of `model`; see `anygen.model.warm_start`."""
+    """Folder of a Qwen3 checkpoint to start from, in place of `model`; see `anygen.model.warm_start`. Or a bundle of
+    the same vocabulary (`nano`: the embedded one), whose weights are taken as they are."""
     code_rows: Literal["random", "codebook"] = Field("random", exclude_if=lambda start: start == "random")
     """Where the rows of codes start; see `anygen.model.code_rows`."""
     layout: LayoutConfig = LayoutConfig()
@@ -118,7 +120,15 @@ class PretrainConfig(StageConfig):
         """A checkpoint that cannot be started from, or a tracker that is missing, is told before anything is moved."""
         require(self.loop.trackers)
         if self.init_from is not None:
-            check_named(self.model, self.init_from)
+            check_named(self.model, self.start_folder)
+            if self.code_rows == "codebook" and bundle_at(self.init_from) is not None:
+                raise ConfigError(f"code_rows: {self.init_from} has learnt its rows; leave code_rows out of the recipe")
+
+    @property
+    def start_folder(self) -> Path:
+        """Where the checkpoint that it starts from lies, which a bundle is too."""
+        assert self.init_from is not None
+        return bundle_at(self.init_from) or self.init_from
 
     def elsewhere(self) -> tuple[str, ...]:
         """Stages whose work is not in this run."""
@@ -126,7 +136,7 @@ class PretrainConfig(StageConfig):
 
     def outside_inputs(self) -> Mapping[str, str]:
         """The files of the checkpoint that it starts from."""
-        return {} if self.init_from is None else checkpoint_fingerprints(self.init_from)
+        return {} if self.init_from is None else checkpoint_fingerprints(self.start_folder)
 
 
 def main(config: PretrainConfig) -> StageResult:
@@ -135,7 +145,7 @@ def main(config: PretrainConfig) -> StageResult:
     layout = config.layout.layout_of(tokenizers)
     vocabulary = Vocabulary.of(tokenizers, audio_codebooks=layout.orders["audio"].num_kept, voken=config.vokens)
     sequencer = Sequencer(vocabulary, layout)
-    model = start_model(config, vocabulary, tokenizers)
+    model = start_model(config, vocabulary, tokenizers, layout)
     recompute_activations(model, config.recompute)
     trainee = _Pretraining(config, model, sequencer, tokenizers)
     with contextlib.closing(trainee):
@@ -151,10 +161,13 @@ def main(config: PretrainConfig) -> StageResult:
     return StageResult(config.folder, (config.folder / "model",), metrics)
 
 
-def start_model(config: PretrainConfig, vocabulary: Vocabulary, tokenizers: Tokenizers) -> Any:
+def start_model(config: PretrainConfig, vocabulary: Vocabulary, tokenizers: Tokenizers, layout: Layout) -> Any:
     """The model before its first step."""
     if config.init_from is None:
         model = create_model(config.model, vocabulary, seed=config.loop.seed)
+    elif (bundle := bundle_at(config.init_from)) is not None:
+        config.check()
+        model = model_of(bundle, vocabulary, layout)
     else:
         check_named(config.model, config.init_from)
         model = warm_start(config.init_from, vocabulary, tokenizers["text"], seed=config.loop.seed)  # type: ignore[arg-type]

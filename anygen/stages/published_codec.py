@@ -17,10 +17,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from anygen.bundle import default_bundle
 from anygen.errors import CheckpointError
 from anygen.files import publishing, sha256_of
 from anygen.stages.base import StageConfig, StageResult
+from anygen.stages.from_bundle import bundle_at
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.encodec_package import convert
 
@@ -31,15 +31,15 @@ class PublishedCodecConfig(StageConfig):
     stage: Literal["audio_tokenizer"] = "audio_tokenizer"
     checkpoint: Path
     """A folder that transformers opens (EnCodec at 24, 32 or 48 kHz, or one made here), a .th file of the encodec
-    package, or `nano`: the codec of the embedded bundle."""
+    package, or a bundle with a codec (`nano`: the embedded one)."""
     num_codebooks: int | None = Field(None, ge=1)
     """Keep the leading ones only, as many as one of the codec's bandwidths has; all by default."""
 
     @property
     def path(self) -> Path:
-        """Where the checkpoint lies; a folder that is called `nano` comes before the embedded bundle."""
-        embedded = str(self.checkpoint) == "nano" and not self.checkpoint.exists()
-        return default_bundle() / "tokenizers" / "audio" if embedded else self.checkpoint
+        """Where the checkpoint lies."""
+        bundle = bundle_at(self.checkpoint)
+        return self.checkpoint if bundle is None else bundle / "tokenizers" / "audio"
 
     def check(self) -> None:
         """A checkpoint that cannot be used is told before anything is moved."""

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from anygen.config import build
 from anygen.documents import Tokenizers
+from anygen.layout import Layout
 from anygen.model.causal import ModelConfig, create_model
 from anygen.model.code_rows import SHARE, start_code_rows
 from anygen.stages.pretrain import PretrainConfig, start_model
@@ -68,13 +69,13 @@ def test_it_is_the_same_each_time_and_books_differ() -> None:
 
 
 def test_a_recipe_asks_for_it(
-    image_tokenizer: ImageTokenizer, audio_tokenizer: AudioTokenizer, text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer, audio_tokenizer: AudioTokenizer, text_tokenizer: TextTokenizer, layout: Layout
 ) -> None:
     tokenizers: Tokenizers = {"text": text_tokenizer, "image": image_tokenizer, "audio": audio_tokenizer}
     vocabulary = Vocabulary.of(tokenizers)
     recipe = {"mixture": {"text>image": 1.0}, "loop": {"steps": 1}, "model": {"size": "smoke"}}
     plain, started = (
-        start_model(build(PretrainConfig, recipe | more, source="test"), vocabulary, tokenizers)
+        start_model(build(PretrainConfig, recipe | more, source="test"), vocabulary, tokenizers, layout)
         for more in ({}, {"code_rows": "codebook"})
     )
     before, after = (model.get_input_embeddings().weight.detach() for model in (plain, started))

@@ -91,6 +91,15 @@ def test_a_tokenizer_of_another_teacher_is_not_taken(tmp_path: Path) -> None:
     assert taken(run) == {"text_tokenizer", "audio_tokenizer"}, "nor a decoder of its codes"
 
 
+def test_codes_of_pictures_do_not_depend_on_how_texts_and_sounds_are_written(tmp_path: Path) -> None:
+    earlier = made(tmp_path / "earlier", *STAGES)
+    run = made(tmp_path / "run", "text_tokenizer", "audio_tokenizer")
+    take_over(StageConfig(stage="bundle", root=run, earlier_run=earlier))
+    assert taken(run) == {"data", "image_tokenizer", "decoder"}, (
+        "the teacher reads texts; codes in shards are of sounds too"
+    )
+
+
 def test_an_earlier_run_that_was_moved(tmp_path: Path) -> None:
     earlier = made(tmp_path / "earlier", "data")
     run = tmp_path / "run"

@@ -1,0 +1,168 @@
+"""Going on from a bundle: its tokenizers and decoder serve new data, its transformer learns on, what does not fit is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from anygen.api import AnyGen
+from anygen.bundle import default_bundle
+from anygen.data.records import Record, Utterance, write_shard
+from anygen.data.source import flac_of, png_of
+from anygen.errors import AnyGenError, CheckpointError, ConfigError
+from anygen.stages.base import StageConfig
+from anygen.stages.dry_run import weigh
+from anygen.stages.from_bundle import bundle_at
+from anygen.stages.run import load_recipe, run_stage
+from tokenizers_mm.media import Audio
+
+STILL = {"steps": 1, "precision": "fp32", "device": "cpu", "optimizer": {"lr": 1e-12}}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A run that has data of its own and nothing else."""
+    from PIL import Image
+
+    root = tmp_path / "run"
+    (root / "data").mkdir(parents=True)
+    sound = flac_of(Audio(0.1 * torch.randn(8000, generator=torch.Generator().manual_seed(0)).numpy(), 16_000))
+    for split in ("train", "validation"):
+        records = [
+            Record(f"r{i}", "own", ("a red apple",), png_of(Image.new("RGB", (16, 16), (9 * i, 0, 0))), (Utterance("one", "v", sound),))
+            for i in range(8)
+        ]  # fmt: skip
+        write_shard(root / "data" / f"{split}-00000.tar", records)
+    (root / "data" / "stage.json").write_text(json.dumps({"identity": "data", "config": {}, "metrics": {}}))
+    return root
+
+
+def recipe(root: Path, stage: str, **fields: Any) -> StageConfig:
+    path = root.parent / f"{stage}.yaml"
+    path.write_text(yaml.safe_dump(json.loads(json.dumps({"stage": stage, **fields}, default=str))))
+    return load_recipe(path, root=root)
+
+
+def pretrain(root: Path, bundle: Path | str, **fields: Any) -> StageConfig:
+    mixture = {"text>image": 1, "image>text": 1, "text>audio": 1, "audio>text": 1}
+    own = {
+        "layout": {"audio_order": "delay", "max_duration_s": 6.0},
+        "location_bins": 10,
+        "vokens": 4,
+        "row_length": 512,
+        "loop": STILL,
+    }
+    return recipe(root, "pretrain", **{"earlier_run": bundle, "init_from": bundle, "mixture": mixture, **own, **fields})
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def bytes_of(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_own_data_goes_through_a_bundle_and_comes_out_as_one(root: Path, drawing_folder: Path) -> None:
+    before = bytes_of(drawing_folder)
+    run_stage(recipe(root, "tokenize", earlier_run=drawing_folder))
+    run_stage(pretrain(root, drawing_folder))
+    old, new = weights_of(drawing_folder), weights_of(root / "pretrain" / "model")
+    assert old.keys() == new.keys() and all((old[name] - new[name]).abs().max() < 1e-4 for name in old)
+    defaults = {"image": {"guidance_scale": 2.0}}
+    run_stage(recipe(root, "bundle", name="own", earlier_run=drawing_folder, defaults=defaults))
+    theirs, ours = (AnyGen.from_pretrained(f, device="cpu") for f in (drawing_folder, root / "bundle" / "own"))
+    answers = [m.generate(text="a red apple", output="image", seed=3).image for m in (theirs, ours)]
+    assert answers[0] is not None and answers[0].tobytes() == answers[1].tobytes()
+    assert theirs.bundle.renderers == ours.bundle.renderers != {}, "the decoder goes with the codes that it draws"
+    assert bytes_of(drawing_folder) == before
+
+
+def test_it_learns_from_there(root: Path, bundle_folder: Path) -> None:
+    run_stage(recipe(root, "tokenize", earlier_run=bundle_folder))
+    losses = [
+        run_stage(pretrain(root, bundle_folder, loop=STILL | {"steps": n, "optimizer": {"lr": lr, "warmup_steps": 0}}))
+        for n, lr in ((1, 1e-12), (30, 3e-3))
+    ]
+    first, last = (result.metrics["validation_loss"] for result in losses)
+    assert last < first - 0.5
+
+
+def test_the_parts_are_unpacked_once_and_again_where_they_change(
+    root: Path, bundle_folder: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundle_folder, bundle)
+    config = recipe(root, "tokenize", earlier_run=bundle)
+    run_stage(config)
+    made = (root / "from_bundle" / "image_tokenizer" / "stage.json").stat().st_mtime_ns
+    assert run_stage(config).metrics["shards"] == 2
+    assert (root / "from_bundle" / "image_tokenizer" / "stage.json").stat().st_mtime_ns == made
+    (root / "from_bundle" / "image_tokenizer" / "tokenizer" / "config.json").write_text("{}")
+    run_stage(config)
+    assert not (root / "old").exists(), (
+        "what was damaged is unpacked again; the codes stay, for it is the same tokenizer"
+    )
+    assert len((root / "from_bundle" / "image_tokenizer" / "tokenizer" / "config.json").read_text()) > 2
+
+
+def test_what_a_run_has_made_itself_comes_first(root: Path, bundle_folder: Path) -> None:
+    run_stage(recipe(root, "text_tokenizer", vocabulary_size=300, earlier_run=bundle_folder))
+    run_stage(recipe(root, "tokenize", earlier_run=bundle_folder))
+    assert not (root / "text_tokenizer").is_symlink() and (root / "image_tokenizer").is_symlink()
+    with pytest.raises(
+        CheckpointError, match=r"mean something else than this run's \(fingerprints.* differ\).*earlier_run"
+    ):
+        run_stage(pretrain(root, bundle_folder))
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says"),
+    [
+        ({"vokens": 5}, CheckpointError, "ranges"),
+        ({"layout": {"audio_order": "flat", "max_duration_s": 6.0}}, CheckpointError, "the order of audio codes"),
+        ({"code_rows": "codebook"}, ConfigError, "leave code_rows out"),
+        ({"model": {"num_layers": 9}}, ConfigError, r"model.num_layers is 9, the checkpoint has"),
+        ({"init_from": "nowhere"}, CheckpointError, "no checkpoint at nowhere"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_the_bundle_is_told(
+    root: Path, bundle_folder: Path, fields: dict[str, Any], error: type[AnyGenError], says: str
+) -> None:
+    run_stage(recipe(root, "tokenize", earlier_run=bundle_folder))
+    with pytest.raises(error, match=says):
+        run_stage(pretrain(root, bundle_folder, **fields))
+
+
+def test_a_damaged_bundle_is_told(root: Path, bundle_folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundle_folder, bundle)
+    run_stage(recipe(root, "tokenize", earlier_run=bundle))
+    model = next(bundle.glob("*.safetensors"))
+    model.write_bytes(model.read_bytes()[:-1] + b"\0")
+    for config in (recipe(root, "tokenize", earlier_run=bundle), pretrain(root, bundle)):
+        with pytest.raises(CheckpointError, match="was changed or damaged"):
+            run_stage(config)
+
+
+def test_nano_is_the_embedded_bundle_unless_a_folder_is_called_so(
+    root: Path, bundle_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    assert bundle_at(Path("nano")) == default_bundle() and bundle_at(root) is None
+    fields = {
+        "layout": {"audio_order": "coarse", "audio_kept": 1, "max_duration_s": 6.0},
+        "location_bins": 100,
+        "vokens": 8,
+    }
+    run_stage(recipe(root, "tokenize", earlier_run="nano"))
+    assert weigh(pretrain(root, "nano", **fields), None)["parameters"]["all"] > 9e6
+    Path("nano").symlink_to(bundle_folder)
+    assert bundle_at(Path("nano")) == Path("nano")
