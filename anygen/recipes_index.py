@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from anygen.errors import InputError
 
@@ -38,7 +38,8 @@ def find_recipe(name: str) -> Path:
 
 
 def _families() -> list[str]:
-    return sorted({recipe.split("/")[0] for recipe in list_recipes()})
+    parents = (parent for recipe in list_recipes() for parent in PurePosixPath(recipe).parents)
+    return sorted({str(parent) for parent in parents} - {"."})
 
 
 def copy_recipe(name: str, to: Path) -> Path:

@@ -128,8 +128,11 @@ def test_recipes_are_copied_but_never_over_something(tmp_path: Path) -> None:
     family = copy_recipe("smoke", tmp_path / "mine")
     assert len(list(family.glob("*.yaml"))) == len(STAGES)
 
-    with pytest.raises(InputError, match="there is no recipe"):
-        copy_recipe("smoke/nothing.yaml", tmp_path)
+    within = copy_recipe("own/from_nano", tmp_path / "within")
+    assert {path.name for path in within.iterdir()} == {"data.yaml", "tokenize.yaml", "pretrain.yaml", "bundle.yaml"}
+    for name in ("smoke/nothing.yaml", "own/nothing"):
+        with pytest.raises(InputError, match="there is no recipe"):
+            copy_recipe(name, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -582,6 +582,14 @@ def test_documents_hold_what_belongs_together() -> None:
     assert located.segments[2].content in [region for _, region in CODED[1].objects] and located.task == "locate"
 
 
+def test_a_name_that_several_things_have_is_located_at_the_first() -> None:
+    boxes = [Region((0.1 * i, 0.1 * i, 0.1 * i + 0.5, 0.1 * i + 0.5)) for i in range(4)]
+    record = dataclasses.replace(CODED[1], objects=tuple(zip(("cat", "dog", "cat", "dog"), boxes, strict=True)))
+    documents = [Direction.parse("locate").document(record, random.Random(seed)) for seed in range(40)]
+    told = {(document.segments[1].content, document.segments[2].content) for document in documents}
+    assert told == {("cat", boxes[0]), ("dog", boxes[1])}
+
+
 @pytest.mark.parametrize(("name", "words"), [("infill_image", {"a cat", "cat"}), ("infill_audio", {"a cat"})])
 def test_infilling_goes_from_what_is_known_and_mostly_the_text_to_the_whole(name: str, words: set[str]) -> None:
     direction, shares, texts = Direction.parse(name), set(), []

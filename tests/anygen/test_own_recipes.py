@@ -50,6 +50,18 @@ def test_two_folders_become_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
+def test_two_folders_are_taught_to_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    copy_recipe("own/from_nano", tmp_path / "mine")
+    results = run_folder(tmp_path / "mine", [option for option in SHORT if option.startswith("pretrain")])
+    model = AnyGen.from_pretrained(results[-1].outputs[0])
+    assert model.generate(text="a red apple", output="image", seed=0).image.size == (64, 64)
+    assert model.generate(text="one", output="audio", seed=0).audio.rate_hz == 16_000
+    assert set(model.bundle.renderers) == {"image"}, "the decoder came with the codes"
+
+
+@pytest.mark.slow
 def test_sounds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the README says to delete where there are no pictures."""
     folders(tmp_path)
