@@ -4,8 +4,9 @@ A direction is written `inputs>targets`, modalities parted by commas, with a kin
 `text>image`, `image>text,audio`, `scene:image>text`. Where a document holds sound, its text is what is said; two
 texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Some directions need more than
 modalities: `ask` (picture and question to answer), `ask_aloud` (the same, both spoken), `locate` (picture and name to
-box), `name` (picture and box to name), `infill_image` and `infill_audio` (what is known of a picture or sound, and
-mostly its text, to the whole of it). `story>...` continues a story; see `anygen.data.story_tasks`.
+box), `name` (picture and box to name), `quiz` (a picture and several of those three in turn: one reading of it teaches
+several answers), `infill_image` and `infill_audio` (what is known of a picture or sound, and mostly its text, to the
+whole of it). `story>...` continues a story; see `anygen.data.story_tasks`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ SPECIAL = {
     "ask_aloud": Has.PICTURE | Has.SPOKEN_QUESTIONS,
     "locate": Has.PICTURE | Has.OBJECTS,
     "name": Has.PICTURE | Has.OBJECTS,
+    "quiz": Has.PICTURE | Has.OBJECTS | Has.QUESTIONS,
     "infill_image": Has.PICTURE,
     "infill_audio": Has.UTTERANCES,
 }
@@ -173,11 +175,32 @@ def _special(name: str, record: CodedRecord, generator: random.Random) -> Docume
     if name == "locate":
         thing, region = generator.choice(_first_of_each(record.objects))
         return _about(record, ("text", thing), ("region", region), "locate")
+    if name == "quiz":
+        return _quiz(record, generator)
     if name.startswith("infill_"):
         return _infill(name, record, generator)
     assert name == "name", name
     thing, region = generator.choice(record.objects)
     return _about(record, ("region", region), ("text", thing), "answer")
+
+
+def _quiz(record: CodedRecord, generator: random.Random) -> Document:
+    """The picture, then each name with its box and two questions, in any order, then a box with its name.
+
+    Few, and the box last: what was said before would give too much of an answer away. The task is that of the first.
+    """
+    questions = generator.sample(record.questions, min(2, len(record.questions)))
+    turns: list[tuple[str, tuple[Modality, Any], tuple[Modality, Any]]] = [
+        *(("answer", ("text", question), ("text", answer)) for question, answer in questions),
+        *(("locate", ("text", thing), ("region", box)) for thing, box in _first_of_each(record.objects)),
+    ]
+    generator.shuffle(turns)
+    thing, box = generator.choice(record.objects)
+    turns.append(("answer", ("region", box), ("text", thing)))
+    parts = [
+        Segment(*part, target=target) for _, *turn in turns for part, target in zip(turn, (False, True), strict=True)
+    ]
+    return Document((Segment("image", record.picture), *parts), turns[0][0])
 
 
 def _about(record: CodedRecord, given: tuple[Modality, Any], target: tuple[Modality, Any], task: str) -> Document:

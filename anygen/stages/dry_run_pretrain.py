@@ -5,6 +5,7 @@ What cannot be known without data is assumed, and told as such: how long texts a
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from anygen.model.causal import qwen3_config
 from anygen.model.cost import TrainingCost
 from anygen.model.recompute import Recompute
 from anygen.model.warm_start import read_qwen3_config
+from anygen.stages.from_bundle import as_run, bundle_at
 from anygen.stages.pretrain import PretrainConfig
 from anygen.stages.tokenizer_facts import TokenizerFacts, tokenizer_facts
 from anygen.stages.weighing import BYTES_PER_PARAMETER, counting_saved, figure, num_parameters
@@ -43,7 +45,7 @@ def weigh_pretrain(config: PretrainConfig, recipe: Path | None) -> dict[str, Any
     Raises:
         ConfigError, CheckpointError: no text tokenizer is known, or `init_from` is no checkpoint.
     """
-    facts = tokenizer_facts(config.root, recipe)
+    facts = _tokenizers_of(config, recipe)
     kept = CodebookOrder(config.layout.audio_order, max(1, facts.audio[0]), config.layout.audio_kept).num_kept
     vocabulary = Vocabulary.create(
         text=facts.text,
@@ -87,6 +89,15 @@ def weigh_pretrain(config: PretrainConfig, recipe: Path | None) -> dict[str, Any
     }
 
 
+def _tokenizers_of(config: PretrainConfig, recipe: Path | None) -> TokenizerFacts:
+    """Of the run, else of the bundle that it goes on from, else what recipes say."""
+    bundle = bundle_at(config.earlier_run) if config.earlier_run is not None else None
+    if bundle is None or (config.root / "text_tokenizer").exists():
+        return tokenizer_facts(config.root, recipe)
+    with tempfile.TemporaryDirectory() as folder:
+        return tokenizer_facts(as_run(bundle, Path(folder)), recipe)
+
+
 def document_lengths(config: PretrainConfig, facts: TokenizerFacts, kept: int) -> dict[str, int]:
     """Ids of an assumed document of each direction of the mixture."""
     seconds = min(SOUND_S, config.layout.max_duration_s)
@@ -102,6 +113,7 @@ def document_lengths(config: PretrainConfig, facts: TokenizerFacts, kept: int) -
         "ask_aloud": ("image", "audio", "audio"),
         "locate": ("image", "text", "region"),
         "name": ("image", "text", "region"),
+        "quiz": ("image", *("text", "text") * 2, "text", "region", "region", "text"),
         "infill_image": ("image", "text", "image"),
         "infill_audio": ("audio", "text", "audio"),
     }

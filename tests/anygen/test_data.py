@@ -23,6 +23,7 @@ from anygen.data.sources import FolderSource, WebDatasetSource, flac_of, png_of,
 from anygen.data.tasks import Direction, DocumentStream, known_at_random
 from anygen.documents import Holed
 from anygen.errors import AnyGenError, CheckpointError, ConfigError, DataError
+from anygen.sequence import Sequencer
 from anygen.stages.data import DataConfig
 from anygen.stages.data import main as make_data
 from anygen.stages.run import run_stage
@@ -590,6 +591,24 @@ def test_a_name_that_several_things_have_is_located_at_the_first() -> None:
     assert told == {("cat", boxes[0]), ("dog", boxes[1])}
 
 
+def test_a_quiz_asks_several_things_of_one_picture(tokenizers: dict[str, Any], sequencer: Sequencer) -> None:
+    questions = (("how many?", "two"), ("what is left?", "a cat"), ("what is right?", "a dog"))
+    record = dataclasses.replace(CODED[1], questions=questions)
+    firsts, asked = set(), set()
+    for seed in range(100):
+        document = Direction.parse("quiz").document(record, random.Random(seed))
+        assert [s.target for s in document.segments] == [False, *(False, True) * 5], "a picture and five turns"
+        turns = [(a.content, b.content) for a, b in zip(document.segments[1::2], document.segments[2::2], strict=True)]
+        assert set(turns[:-1]) == set(record.objects) | (set(turns) & set(questions)), "every name, and two questions"
+        assert turns[-1] in [(box, name) for name, box in record.objects], "a box last"
+        assert document.task == ("locate" if turns[0] in record.objects else "answer"), "as it would be asked alone"
+        firsts.add(turns[0])
+        asked |= set(turns) & set(questions)
+        encoded = document.encode(tokenizers)
+        assert sequencer.parse(sequencer.build(encoded).ids_S).document == encoded
+    assert firsts == set(record.objects) | set(questions) and asked == set(questions)
+
+
 @pytest.mark.parametrize(("name", "words"), [("infill_image", {"a cat", "cat"}), ("infill_audio", {"a cat"})])
 def test_infilling_goes_from_what_is_known_and_mostly_the_text_to_the_whole(name: str, words: set[str]) -> None:
     direction, shares, texts = Direction.parse(name), set(), []
@@ -622,6 +641,7 @@ def test_directions_know_which_records_they_fit(tmp_path: Path) -> None:
         "text>audio": [0],
         "ask": [1],
         "locate": [1],
+        "quiz": [1],
         "infill_image": [0, 1],
         "scene:infill_image": [1],
         "infill_audio": [0],
