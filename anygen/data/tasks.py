@@ -189,6 +189,7 @@ def _quiz(record: CodedRecord, generator: random.Random) -> Document:
 
     Few, and the box last: what was said before would give too much of an answer away. The task is that of the first.
     """
+    assert record.picture is not None, "directions are given the records that they need"
     questions = generator.sample(record.questions, min(2, len(record.questions)))
     turns: list[tuple[str, tuple[Modality, Any], tuple[Modality, Any]]] = [
         *(("answer", ("text", question), ("text", answer)) for question, answer in questions),

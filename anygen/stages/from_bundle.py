@@ -47,7 +47,7 @@ def as_run(bundle: Path, root: Path) -> Path:
     """
     verify(bundle)
     run = root / "from_bundle"
-    recipes = read_json(bundle / ANYGEN_JSON)["provenance"].get("recipes", {})
+    recipes = read_json(bundle / ANYGEN_JSON).get("provenance", {}).get("recipes", {})
     parts = {stage: part for stage, (part, _) in PARTS.items() if (bundle / part).is_dir()}
     identities = {stage: _identity(bundle / part) for stage, part in parts.items()}
     if is_published(run) and identities == {p.parent.name: read_json(p)["identity"] for p in run.glob("*/stage.json")}:

@@ -165,11 +165,10 @@ def start_model(config: PretrainConfig, vocabulary: Vocabulary, tokenizers: Toke
     """The model before its first step."""
     if config.init_from is None:
         model = create_model(config.model, vocabulary, seed=config.loop.seed)
-    elif (bundle := bundle_at(config.init_from)) is not None:
-        config.check()
-        model = model_of(bundle, vocabulary, layout)
     else:
-        check_named(config.model, config.init_from)
+        check_named(config.model, config.start_folder)
+        if (bundle := bundle_at(config.init_from)) is not None:
+            return model_of(bundle, vocabulary, layout)
         model = warm_start(config.init_from, vocabulary, tokenizers["text"], seed=config.loop.seed)  # type: ignore[arg-type]
     if config.code_rows == "codebook":
         vectors = {name: tokenizers[name].code_vectors for name in ("image", "audio") if name in tokenizers}  # type: ignore[attr-defined]

@@ -69,7 +69,8 @@ class Engine:
 
         processes.join(cpu=cpu)
         if bf16 and not is_bf16_fast(torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")):
-            logger.info("this CPU has no instructions for bf16: fp32 is faster, and is taken")
+            if processes.rank() == 0:
+                logger.info("this CPU has no instructions for bf16: fp32 is faster, and is taken")
             bf16 = False
         # accelerate keeps one global state per process; stages that run after one another differ in precision
         AcceleratorState._reset_state(reset_partial_state=True)
