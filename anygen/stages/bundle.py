@@ -57,6 +57,7 @@ def main(config: BundleConfig) -> StageResult:
         "name": config.name,
         "anygen": __version__,
         "recipes": {name: facts["config"] for name, facts in stages.items()},
+        "figures": {name: figures for name, facts in stages.items() if (figures := _exact(facts))},
     }
     decoders = _decoders(config.root)
     facts: dict[str, Any] = {
@@ -67,7 +68,7 @@ def main(config: BundleConfig) -> StageResult:
         "vocabulary": vocabulary,
         "layout": layout,
         "tokenizers": tokenizers,
-        "metrics": {name: _exact(facts) for name, facts in stages.items()},
+        "metrics": provenance["figures"],
         "version": __version__,
     }
     save_bundle(

@@ -47,7 +47,8 @@ def as_run(bundle: Path, root: Path) -> Path:
     """
     verify(bundle)
     run = root / "from_bundle"
-    recipes = read_json(bundle / ANYGEN_JSON).get("provenance", {}).get("recipes", {})
+    provenance = read_json(bundle / ANYGEN_JSON)["provenance"]
+    recipes, figures = provenance.get("recipes", {}), provenance.get("figures", {})
     parts = {stage: part for stage, (part, _) in PARTS.items() if (bundle / part).is_dir()}
     identities = {stage: _identity(bundle / part) for stage, part in parts.items()}
     if is_published(run) and identities == {p.parent.name: read_json(p)["identity"] for p in run.glob("*/stage.json")}:
@@ -55,7 +56,7 @@ def as_run(bundle: Path, root: Path) -> Path:
     with publishing(run) as folder:
         for stage, part in parts.items():
             shutil.copytree(bundle / part, folder / stage / PARTS[stage][1])
-            facts = {"config": recipes.get(stage, {"stage": stage}), "metrics": {}, "outputs": {}}
+            facts = {"config": recipes.get(stage, {"stage": stage}), "metrics": figures.get(stage, {}), "outputs": {}}
             write_json(folder / stage / "stage.json", {"identity": identities[stage], **facts})
     return run
 

@@ -17,6 +17,7 @@ from anygen.bundle import default_bundle
 from anygen.data.records import Record, Utterance, write_shard
 from anygen.data.source import flac_of, png_of
 from anygen.errors import AnyGenError, CheckpointError, ConfigError
+from anygen.files import publishing
 from anygen.stages.base import StageConfig
 from anygen.stages.dry_run import weigh
 from anygen.stages.from_bundle import bundle_at
@@ -81,8 +82,30 @@ def test_own_data_goes_through_a_bundle_and_comes_out_as_one(root: Path, drawing
     theirs, ours = (AnyGen.from_pretrained(f, device="cpu") for f in (drawing_folder, root / "bundle" / "own"))
     answers = [m.generate(text="a red apple", output="image", seed=3).image for m in (theirs, ours)]
     assert answers[0] is not None and answers[0].tobytes() == answers[1].tobytes()
+    figures = ours.bundle.provenance["figures"]
+    assert "validation_loss" in figures["pretrain"] and figures["tokenize"] == {"shards": 2.0}
     assert theirs.bundle.renderers == ours.bundle.renderers != {}, "the decoder goes with the codes that it draws"
     assert bytes_of(drawing_folder) == before
+
+
+def test_recipes_and_figures_of_what_was_taken_are_handed_on(root: Path, bundle_folder: Path, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundle_folder, bundle)
+    facts = json.loads((bundle / "anygen.json").read_text())
+    facts["provenance"] = {"recipes": {"image_tokenizer": {"stage": "image_tokenizer", "batch_size": 7}}}
+    facts["provenance"]["figures"] = {"image_tokenizer": {"validation_psnr_db": 23.5}}
+    (bundle / "anygen.json").write_text(json.dumps(facts))
+    (bundle / "manifest.json").unlink()
+    with publishing(tmp_path / "again") as folder:
+        shutil.copytree(bundle, folder, dirs_exist_ok=True)
+    again = tmp_path / "again"
+    run_stage(recipe(root, "tokenize", earlier_run=again))
+    run_stage(pretrain(root, again))
+    (made,) = run_stage(recipe(root, "bundle", name="own", earlier_run=again)).outputs
+    provenance = json.loads((made / "anygen.json").read_text())["provenance"]
+    assert provenance["recipes"]["image_tokenizer"]["batch_size"] == 7
+    assert provenance["figures"]["image_tokenizer"] == {"validation_psnr_db": 23.5}
+    assert "- validation_psnr_db: 23.5" in (made / "README.md").read_text()
 
 
 def test_it_learns_from_there(root: Path, bundle_folder: Path) -> None:
