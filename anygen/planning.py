@@ -17,7 +17,7 @@ def via_of(request: Request, usual: Mapping[str, Modality]) -> Modality | None:
     """What is written before the answer: as asked, else what is usual for this direction (`audio>image`)."""
     if request.via is not None:
         return "text" if request.via == "text" else None
-    if request.task is not None or request.edited is not None:
+    if request.own_task is not None or request.edited is not None:
         return None
     inputs = ",".join(segment.modality for segment in request.inputs)
     return usual.get(f"{inputs}>{','.join(request.outputs)}")

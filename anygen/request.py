@@ -136,7 +136,7 @@ class Request:
                 raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
             self._take_integer("num_inference_steps", 1, 100)
         self._check_edit()
-        if self.via == "text" and (self.edited is not None or self.outputs[0] in ("text", "any")):
+        if self.via == "text" and (self.edited is not None or self.outputs[0] == "any"):
             raise InputError(f"via='text' writes a text before what was asked for: not edits, nor {self.outputs}")
         self.options({})
 
@@ -220,13 +220,21 @@ class Request:
                 given.append({"type": modality, modality: value})
         return tuple(segment_of(item) for item in given)
 
+    @property
+    def own_task(self) -> str | None:
+        """The task, where it is another than inputs and output suggest."""
+        first = self.outputs[0]
+        return None if first != "any" and self.task == default_task(self._kinds, first) else self.task
+
+    @property
+    def _kinds(self) -> tuple[Modality, ...]:
+        return tuple(segment.modality for segment in self.inputs)
+
     def document(self, via: Modality | None = None) -> Document:
         """The inputs, and the task that they and what is written first suggest."""
-        kinds = tuple(segment.modality for segment in self.inputs)
-        if self.task is not None:
-            return Document(self.inputs, self.task)
         first = via or self.outputs[0]
-        return Document(self.inputs, None if first == "any" else default_task(kinds, first))
+        suggested = None if first == "any" else default_task(self._kinds, first)
+        return Document(self.inputs, self.own_task or suggested)
 
     def options(self, defaults: Mapping[str, SamplingOptions]) -> dict[str, SamplingOptions]:
         """Sampling options by modality: the bundle's defaults under this call's own."""

@@ -3,7 +3,8 @@
     python benchmarks/scene_limits.py MODEL [--scenes 200] [--seed 0]
 
 Asks "how many" and "where" of scenes that stage `data` makes from `--seed` (of its training split) and of scenes from
-another seed, and prints the share of right counts and the mean IoU of boxes, with 95 % intervals.
+another seed, and prints the share of right counts and the mean IoU of boxes, with 95 % intervals: also apart for scenes
+of one kind of thing and of two, where the name decides, and what the wrong answers are.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import numpy as np
 
 import anygen
 from anygen.data.emoji_pictures import EmojiFont
-from anygen.data.scenes import Scene, is_countable, make_scene
+from anygen.data.scenes import NUMBER_WORDS, Scene, is_countable, make_scene
 from anygen.evaluation.fidelity import mean_of
 from anygen.evaluation.scores import proportion
 from anygen.evaluation.suite.scene_judges import iou
-from tokenizers_mm.media import Region
 
 NEW_SEED = 1_000_003
+ALONE, BESIDE = "one kind of thing", "two kinds"
 
 
 def scenes_of(seed: int, count: int) -> list[Scene]:
@@ -32,28 +33,44 @@ def scenes_of(seed: int, count: int) -> list[Scene]:
     return [make_scene(things, font, side_px=64, generator=np.random.default_rng([seed, n])) for n in numbers]
 
 
-def counted(model: anygen.AnyGen, scenes: list[Scene]) -> list[bool]:
-    """Whether the first question of each scene, how many, is answered rightly."""
-    right = []
+def counts(model: anygen.AnyGen, scenes: list[Scene]) -> dict[str, list[bool]]:
+    """Of what is asked first of each scene, how many: right where the thing is alone, right beside another kind.
+
+    And, of wrong answers beside another kind, those that are the number of all things.
+    """
+    found: dict[str, list[bool]] = {ALONE: [], BESIDE: [], "wrong ones that count all things": []}
     for scene in scenes:
         question, answer = scene.questions[0]
         content = [{"type": "image", "image": scene.picture}, {"type": "text", "text": question}]
-        said = model.generate(content=content, output="text", task="answer", seed=0).text
-        right.append((said or "").strip() == answer)
-    return right
+        said = (model.generate(content=content, output="text", task="answer", seed=0).text or "").strip()
+        found[_kind_of(scene)].append(said == answer)
+        if _kind_of(scene) == BESIDE and said != answer:
+            found["wrong ones that count all things"].append(said == NUMBER_WORDS[len(scene.objects)])
+    return found
 
 
-def overlaps(model: anygen.AnyGen, scenes: list[Scene]) -> list[float]:
-    """IoU of the box of one thing of each scene, where one thing stands alone."""
-    found = []
+def boxes(model: anygen.AnyGen, scenes: list[Scene]) -> dict[str, list[float]]:
+    """IoU of the box of one thing of each scene, where one such stands, alone and beside another kind.
+
+    And, of boxes that miss it beside another kind (IoU below a half), those that fit something else.
+    """
+    found: dict[str, list[float]] = {ALONE: [], BESIDE: [], "misses that fit another thing": []}
     for scene in scenes:
         names = Counter(placed.name for placed in scene.objects)
-        alone = [placed for placed in scene.objects if names[placed.name] == 1]
-        if alone:
-            regions = model.generate(image=scene.picture, text=alone[0].name, output="region", seed=0).regions
-            box = regions[0] if regions else None
-            found.append(iou(alone[0].box, box) if isinstance(box, Region) else 0.0)
+        wanted = next((placed for placed in scene.objects if names[placed.name] == 1), None)
+        if wanted is None:
+            continue
+        regions = model.generate(image=scene.picture, text=wanted.name, output="region", seed=0).regions
+        fits = [iou(placed.box, regions[0]) if regions else 0.0 for placed in scene.objects]
+        fit = fits[scene.objects.index(wanted)]
+        found[_kind_of(scene)].append(fit)
+        if _kind_of(scene) == BESIDE and fit < 0.5:
+            found["misses that fit another thing"].append(float(max(fits) >= 0.5))
     return found
+
+
+def _kind_of(scene: Scene) -> str:
+    return ALONE if len({placed.name for placed in scene.objects}) == 1 else BESIDE
 
 
 def main() -> None:
@@ -66,9 +83,16 @@ def main() -> None:
     model = anygen.AnyGen.from_pretrained(options.model)
     for name, seed in (("scenes of its training", options.seed), ("new scenes", NEW_SEED)):
         scenes = scenes_of(seed, options.scenes)
-        right, fit = proportion(counted(model, scenes)), mean_of(np.array(overlaps(model, scenes)))
-        print(f"{name}: how many {right.value:.1%} ({right.low:.1%} to {right.high:.1%}) of {right.count}", end=", ")
-        print(f"boxes {fit.value:.3f} ({fit.low:.3f} to {fit.high:.3f}) of {fit.count}", flush=True)
+        print(name)
+        asked, fits = counts(model, scenes), boxes(model, scenes)
+        asked = {"of all": asked[ALONE] + asked[BESIDE], **asked}
+        fits = {"of all": fits[ALONE] + fits[BESIDE], **fits}
+        for group, right in asked.items():
+            share = proportion(right)
+            print(f"  how many, {group}: {share.value:.1%} ({share.low:.1%} to {share.high:.1%}) of {share.count}")
+        for group, values in fits.items():
+            mean = mean_of(np.array(values))
+            print(f"  boxes, {group}: {mean.value:.3f} ({mean.low:.3f} to {mean.high:.3f}) of {mean.count}", flush=True)
 
 
 if __name__ == "__main__":

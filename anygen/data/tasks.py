@@ -4,9 +4,10 @@ A direction is written `inputs>targets`, modalities parted by commas, with a kin
 `text>image`, `image>text,audio`, `scene:image>text`. Where a document holds sound, its text is what is said; two
 texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Some directions need more than
 modalities: `ask` (picture and question to answer), `ask_aloud` (the same, both spoken), `locate` (picture and name to
-box), `name` (picture and box to name), `quiz` (a picture and several of those three in turn: one reading of it teaches
-several answers), `infill_image` and `infill_audio` (what is known of a picture or sound, and mostly its text, to the
-whole of it). `story>...` continues a story; see `anygen.data.story_tasks`.
+box), `name` (picture and box to name), `quiz` (a picture and several of those three in turn), `quiz_listed` (the same,
+and before the first answer what stands where, in words; see `anygen.data.quiz`), `infill_image` and `infill_audio`
+(what is known of a picture or sound, and mostly its text, to the whole of it). `story>...` continues a story; see
+`anygen.data.story_tasks`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from anygen.data.coded import CodedRecord, CodedStore
 from anygen.data.order import Draw, Mixture
+from anygen.data.quiz import first_of_each, quiz_document
 from anygen.data.rarity import repeats_by_rarity
 from anygen.data.shard_index import Has
 from anygen.data.story_tasks import STORY, story_document
@@ -28,7 +30,6 @@ from anygen.documents import Document, Holed, Segment, Tokenizers, Vokens, defau
 from anygen.errors import ConfigError
 from anygen.sequence import BlockName
 from tokenizers_mm.codes import Codes, Modality
-from tokenizers_mm.media import Region
 
 SPECIAL = {
     "ask": Has.PICTURE | Has.QUESTIONS,
@@ -36,6 +37,7 @@ SPECIAL = {
     "locate": Has.PICTURE | Has.OBJECTS,
     "name": Has.PICTURE | Has.OBJECTS,
     "quiz": Has.PICTURE | Has.OBJECTS | Has.QUESTIONS,
+    "quiz_listed": Has.PICTURE | Has.OBJECTS | Has.QUESTIONS,
     "infill_image": Has.PICTURE,
     "infill_audio": Has.UTTERANCES,
 }
@@ -173,10 +175,10 @@ def _special(name: str, record: CodedRecord, generator: random.Random) -> Docume
         asked, answered = generator.choice(record.spoken_questions)
         return _about(record, ("audio", asked.codes), ("audio", answered.codes), "answer")
     if name == "locate":
-        thing, region = generator.choice(_first_of_each(record.objects))
+        thing, region = generator.choice(first_of_each(record.objects))
         return _about(record, ("text", thing), ("region", region), "locate")
-    if name == "quiz":
-        return _quiz(record, generator)
+    if name.startswith("quiz"):
+        return quiz_document(record, generator, listed=name == "quiz_listed")
     if name.startswith("infill_"):
         return _infill(name, record, generator)
     assert name == "name", name
@@ -184,34 +186,9 @@ def _special(name: str, record: CodedRecord, generator: random.Random) -> Docume
     return _about(record, ("region", region), ("text", thing), "answer")
 
 
-def _quiz(record: CodedRecord, generator: random.Random) -> Document:
-    """The picture, then each name with its box and two questions, in any order, then a box with its name.
-
-    Few, and the box last: what was said before would give too much of an answer away. The task is that of the first.
-    """
-    assert record.picture is not None, "directions are given the records that they need"
-    questions = generator.sample(record.questions, min(2, len(record.questions)))
-    turns: list[tuple[str, tuple[Modality, Any], tuple[Modality, Any]]] = [
-        *(("answer", ("text", question), ("text", answer)) for question, answer in questions),
-        *(("locate", ("text", thing), ("region", box)) for thing, box in _first_of_each(record.objects)),
-    ]
-    generator.shuffle(turns)
-    thing, box = generator.choice(record.objects)
-    turns.append(("answer", ("region", box), ("text", thing)))
-    parts = [
-        Segment(*part, target=target) for _, *turn in turns for part, target in zip(turn, (False, True), strict=True)
-    ]
-    return Document((Segment("image", record.picture), *parts), turns[0][0])
-
-
 def _about(record: CodedRecord, given: tuple[Modality, Any], target: tuple[Modality, Any], task: str) -> Document:
     """The picture and what is given with it, to the target."""
     return Document((Segment("image", record.picture), Segment(*given), Segment(*target, target=True)), task)  # type: ignore[arg-type]
-
-
-def _first_of_each(objects: tuple[tuple[str, Region], ...]) -> list[tuple[str, Region]]:
-    """Each name with the first box that has it (in a scene the highest, then leftmost): a name has one answer."""
-    return list(dict(reversed(objects)).items())
 
 
 class DocumentStream:

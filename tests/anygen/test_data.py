@@ -18,6 +18,7 @@ from PIL import Image
 
 from anygen.data.coded import CodedRecord, CodedStore, CodedUtterance, write_coded_shard
 from anygen.data.order import Mixture, Permutation
+from anygen.data.quiz import listing
 from anygen.data.records import Record, RecordStore, Utterance, write_shard
 from anygen.data.sources import FolderSource, WebDatasetSource, flac_of, png_of, split_by_key
 from anygen.data.tasks import Direction, DocumentStream, known_at_random
@@ -609,6 +610,34 @@ def test_a_quiz_asks_several_things_of_one_picture(tokenizers: dict[str, Any], s
     assert firsts == set(record.objects) | set(questions) and asked == set(questions)
 
 
+def test_a_listed_quiz_says_what_stands_where_before_its_first_answer() -> None:
+    left, right = Region((0.0, 0.1, 0.5, 0.5)), Region((0.6, 0.0, 1.0, 0.4))
+    record = dataclasses.replace(CODED[1], objects=(("dog", right), ("cat", left)), questions=(("how many?", "two"),))
+    for seed in range(20):
+        document = Direction.parse("quiz_listed").document(record, random.Random(seed))
+        picture, first, told, *rest = document.segments
+        assert (picture.target, first.target, told.target) == (False, False, True) and document.task == "answer"
+        assert told.content == "above left cat, above right dog", "row by row, whatever the order of the record"
+        turns = [(a.content, b.content) for a, b in zip([first, *rest[1::2]], rest[::2], strict=True)]
+        assert sorted(turns, key=str) == sorted([*record.objects, *record.questions], key=str)
+        assert [s.target for s in rest] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ((0.1, 0.2), "above left"),
+        ((0.5, 0.1), "above"),
+        ((0.9, 0.5), "right"),
+        ((0.5, 0.5), "middle"),
+        ((1.0, 1.0), "below right"),
+        ((0.0, 0.7, 0.6, 1.0), "below left"),
+    ],
+)
+def test_a_listing_names_thirds(place: tuple[float, ...], words: str) -> None:
+    assert listing([("owl", Region(place))]) == f"{words} owl"
+
+
 @pytest.mark.parametrize(("name", "words"), [("infill_image", {"a cat", "cat"}), ("infill_audio", {"a cat"})])
 def test_infilling_goes_from_what_is_known_and_mostly_the_text_to_the_whole(name: str, words: set[str]) -> None:
     direction, shares, texts = Direction.parse(name), set(), []
@@ -642,6 +671,7 @@ def test_directions_know_which_records_they_fit(tmp_path: Path) -> None:
         "ask": [1],
         "locate": [1],
         "quiz": [1],
+        "quiz_listed": [1],
         "infill_image": [0, 1],
         "scene:infill_image": [1],
         "infill_audio": [0],

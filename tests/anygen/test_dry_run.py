@@ -76,10 +76,11 @@ def test_the_base_family_has_the_sizes_that_its_headers_say(
 
 
 def test_documents_of_every_kind_of_direction_have_a_length(tmp_path: Path) -> None:
-    mixture = "{text>image: 1, text>voken: 1, ask: 1, ask_aloud: 1, locate: 1, name: 1, quiz: 1, story>image: 1, 'story,image>text': 1}"
+    mixture = "{text>image: 1, text>voken: 1, ask: 1, ask_aloud: 1, locate: 1, name: 1, quiz: 1, quiz_listed: 1, story>image: 1, 'story,image>text': 1}"
     lengths = weighed("nano/pretrain.yaml", tmp_path, f"mixture={mixture}")["ids of a document"]
-    assert len(lengths) == 9 and lengths["story>image"] > 4 * lengths["text>image"] > 4 * lengths["text>voken"]
+    assert len(lengths) == 10 and lengths["story>image"] > 4 * lengths["text>image"] > 4 * lengths["text>voken"]
     assert lengths["quiz"] > lengths["ask"] + 20, "one picture, four turns"
+    assert lengths["quiz_listed"] > lengths["ask"] + 20, "one picture, a listing and three turns"
     assert lengths["ask_aloud"] > lengths["ask"] > lengths["locate"] == lengths["name"] > lengths["text>voken"]
 
 

@@ -1,0 +1,70 @@
+"""Quizzes: a picture and several questions about it in turn, so that one reading of it teaches several answers.
+
+A listing says what stands where, in words. Written before an answer, it turns finding what a name means in a picture
+into finding a word in a text (grounded chain of thought: Shikra, arXiv 2306.15195). Without it `nano` told two kinds
+of things apart no better than by chance; see benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+from anygen.data.coded import CodedRecord
+from anygen.documents import Document, Segment
+from tokenizers_mm.codes import Modality
+from tokenizers_mm.media import Region
+
+Placed = tuple[str, Region]
+_ROWS, _COLUMNS = ("above", "", "below"), ("left", "", "right")
+
+
+def quiz_document(record: CodedRecord, generator: random.Random, *, listed: bool) -> Document:
+    """The picture, then each name with its box and two questions, in any order, then a box with its name.
+
+    Few, and the box last: what was said before would give too much of an answer away. The task is that of the first
+    target. Where `listed`, that is a listing, before the first answer; it names what is in a box, which is left out.
+    """
+    assert record.picture is not None, "directions are given the records that they need"
+    questions = generator.sample(record.questions, min(2, len(record.questions)))
+    turns: list[tuple[str, tuple[Modality, Any], tuple[Modality, Any]]] = [
+        *(("answer", ("text", question), ("text", answer)) for question, answer in questions),
+        *(("locate", ("text", thing), ("region", box)) for thing, box in first_of_each(record.objects)),
+    ]
+    generator.shuffle(turns)
+    if not listed:
+        thing, box = generator.choice(record.objects)
+        turns.append(("answer", ("region", box), ("text", thing)))
+    parts = [
+        Segment(*part, target=target) for _, *turn in turns for part, target in zip(turn, (False, True), strict=True)
+    ]
+    if listed:
+        parts.insert(1, Segment("text", listing(record.objects), target=True))
+    return Document((Segment("image", record.picture), *parts), "answer" if listed else turns[0][0])
+
+
+def listing(objects: Iterable[Placed]) -> str:
+    """What stands where, row by row: the third of the picture in which the middle of each box lies, and its name.
+
+    >>> cat, dog = ("cat", Region((0.6, 0.0, 1.0, 0.4))), ("dog", Region((0.0, 0.1, 0.5, 0.5)))
+    >>> listing([cat, dog, ("owl", Region((0.5, 0.5)))])
+    'above left dog, above right cat, middle owl'
+    """
+    placed = sorted((_thirds(region), name) for name, region in objects)
+    return ", ".join(f"{_place(*thirds)} {name}" for thirds, name in placed)
+
+
+def first_of_each(objects: tuple[Placed, ...]) -> list[Placed]:
+    """Each name with the first box that has it (in a scene the highest, then leftmost): a name has one answer."""
+    return list(dict(reversed(objects)).items())
+
+
+def _thirds(region: Region) -> tuple[int, int]:
+    """Row and column, 0 to 2, of the middle of a box or of a point."""
+    x0, y0, x1, y1 = region.values if len(region.values) == 4 else region.values * 2
+    return min(int(3 * (y0 + y1) / 2), 2), min(int(3 * (x0 + x1) / 2), 2)
+
+
+def _place(row: int, column: int) -> str:
+    return " ".join(word for word in (_ROWS[row], _COLUMNS[column]) if word) or "middle"
