@@ -231,9 +231,12 @@ class Request:
         return tuple(segment.modality for segment in self.inputs)
 
     def document(self, via: Modality | None = None) -> Document:
-        """The inputs, and the task that they and what is written first suggest."""
-        first = via or self.outputs[0]
-        suggested = None if first == "any" else default_task(self._kinds, first)
+        """The inputs, and the task that they and what is written first suggest.
+
+        What is written by the way describes the other media: a caption, or what is said.
+        """
+        first, kinds = via or self.outputs[0], tuple(kind for kind in self._kinds if kind != via)
+        suggested = None if first == "any" else default_task(kinds, first)
         return Document(self.inputs, self.own_task or suggested)
 
     def options(self, defaults: Mapping[str, SamplingOptions]) -> dict[str, SamplingOptions]:

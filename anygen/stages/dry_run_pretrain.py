@@ -114,7 +114,7 @@ def document_lengths(config: PretrainConfig, facts: TokenizerFacts, kept: int) -
         "locate": ("image", "text", "region"),
         "name": ("image", "text", "region"),
         "quiz": ("image", *("text", "text") * 2, "text", "region", "region", "text"),
-        "quiz_listed": ("image", *("text", "text") * 2, "text", "text", "region"),
+        "quiz_listed": ("image", *("text", "text", "text") * 2, "text", "text", "region"),
         "infill_image": ("image", "text", "image"),
         "infill_audio": ("audio", "text", "audio"),
     }

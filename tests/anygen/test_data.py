@@ -18,7 +18,7 @@ from PIL import Image
 
 from anygen.data.coded import CodedRecord, CodedStore, CodedUtterance, write_coded_shard
 from anygen.data.order import Mixture, Permutation
-from anygen.data.quiz import listing
+from anygen.data.quiz import asked_about, listing
 from anygen.data.records import Record, RecordStore, Utterance, write_shard
 from anygen.data.sources import FolderSource, WebDatasetSource, flac_of, png_of, split_by_key
 from anygen.data.tasks import Direction, DocumentStream, known_at_random
@@ -610,17 +610,47 @@ def test_a_quiz_asks_several_things_of_one_picture(tokenizers: dict[str, Any], s
     assert firsts == set(record.objects) | set(questions) and asked == set(questions)
 
 
-def test_a_listed_quiz_says_what_stands_where_before_its_first_answer() -> None:
+def test_a_listed_quiz_says_what_stands_where_before_every_answer() -> None:
     left, right = Region((0.0, 0.1, 0.5, 0.5)), Region((0.6, 0.0, 1.0, 0.4))
-    record = dataclasses.replace(CODED[1], objects=(("dog", right), ("cat", left)), questions=(("how many?", "two"),))
+    questions = (("how many cats are there?", "one"), ("why?", "who knows"))
+    record = dataclasses.replace(CODED[1], objects=(("dog", right), ("cat", left)), questions=questions)
+    about_cats, about_dogs = (
+        "a cat? above left cat one, above right dog",
+        "a dog? above left cat, above right dog one",
+    )
+    expected = {
+        ("cat", about_cats, left),
+        ("dog", about_dogs, right),
+        ("how many cats are there?", about_cats, "one"),
+        ("why?", "above left cat, above right dog", "who knows"),
+    }
     for seed in range(20):
         document = Direction.parse("quiz_listed").document(record, random.Random(seed))
-        picture, first, told, *rest = document.segments
-        assert (picture.target, first.target, told.target) == (False, False, True) and document.task == "answer"
-        assert told.content == "above left cat, above right dog", "row by row, whatever the order of the record"
-        turns = [(a.content, b.content) for a, b in zip([first, *rest[1::2]], rest[::2], strict=True)]
-        assert sorted(turns, key=str) == sorted([*record.objects, *record.questions], key=str)
-        assert [s.target for s in rest] == [True, False, True, False, True]
+        assert document.task == "caption" and document.segments[0].content == record.picture
+        turns = document.segments[1:]
+        assert [s.target for s in turns] == [False, True, True] * 4
+        assert {tuple(s.content for s in turns[i : i + 3]) for i in range(0, 12, 3)} == expected
+
+
+@pytest.mark.parametrize(
+    ("question", "name"),
+    [
+        ("how many black cats are there?", "black cat"),
+        ("how many cats are there?", "cat"),
+        ("what is left of the mice?", "mouse"),
+        ("mouse", "mouse"),
+        ("what does a catfish eat?", ""),
+        ("", ""),
+    ],
+)
+def test_a_listing_counts_what_the_question_names(question: str, name: str) -> None:
+    assert asked_about(question, ["cat", "black cat", "mouse"]) == name
+
+
+def test_a_listing_counts_on_in_digits() -> None:
+    many = [("ant", Region((i / 6, 0.0))) for i in range(6)]
+    assert listing(many, "ant").startswith("an ant? above left ant one, above left ant two, above ant three")
+    assert listing(many, "ant").endswith("above right ant 5, above right ant 6")
 
 
 @pytest.mark.parametrize(

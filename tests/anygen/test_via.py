@@ -74,7 +74,12 @@ def test_the_bundle_says_where_it_helps_and_the_caller_has_the_last_word(
 
 @pytest.mark.parametrize(
     ("changes", "task"),
-    [({}, "answer"), ({"task": "answer"}, "answer"), ({"output": "region"}, "answer"), ({"task": "depict"}, "depict")],
+    [
+        ({}, "caption"),
+        ({"task": "answer"}, "caption"),
+        ({"output": "region"}, "caption"),
+        ({"task": "depict"}, "depict"),
+    ],
 )
 def test_a_question_is_answered_by_way_of_a_text(model: AnyGen, changes: dict[str, Any], task: str) -> None:
     call: dict[str, Any] = {"image": PICTURE, "text": "where?", "output": "text", "max_new_tokens": 20} | changes
