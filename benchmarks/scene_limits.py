@@ -1,6 +1,6 @@
 """Whether scenes that a model was trained on are easier for it than new ones: if not, more scenes would not help it.
 
-    python benchmarks/scene_limits.py MODEL [--scenes 200] [--seed 0]
+    python benchmarks/scene_limits.py MODEL [--scenes 200] [--seed 0] [--via nothing]
 
 Asks "how many" and "where" of scenes that stage `data` makes from `--seed` (of its training split) and of scenes from
 another seed, and prints the share of right counts and the mean IoU of boxes, with 95 % intervals: also apart for scenes
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from typing import Literal
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from anygen.evaluation.scores import proportion
 from anygen.evaluation.suite.scene_judges import iou
 
 NEW_SEED = 1_000_003
+Via = Literal["text", "nothing"] | None
 ALONE, BESIDE = "one kind of thing", "two kinds"
 
 
@@ -33,7 +35,7 @@ def scenes_of(seed: int, count: int) -> list[Scene]:
     return [make_scene(things, font, side_px=64, generator=np.random.default_rng([seed, n])) for n in numbers]
 
 
-def counts(model: anygen.AnyGen, scenes: list[Scene]) -> dict[str, list[bool]]:
+def counts(model: anygen.AnyGen, scenes: list[Scene], via: Via) -> dict[str, list[bool]]:
     """Of what is asked first of each scene, how many: right where the thing is alone, right beside another kind.
 
     And, of wrong answers beside another kind, those that are the number of all things.
@@ -42,14 +44,14 @@ def counts(model: anygen.AnyGen, scenes: list[Scene]) -> dict[str, list[bool]]:
     for scene in scenes:
         question, answer = scene.questions[0]
         content = [{"type": "image", "image": scene.picture}, {"type": "text", "text": question}]
-        said = (model.generate(content=content, output="text", task="answer", seed=0).text or "").strip()
+        said = (model.generate(content=content, output="text", seed=0, via=via).text or "").strip()
         found[_kind_of(scene)].append(said == answer)
         if _kind_of(scene) == BESIDE and said != answer:
             found["wrong ones that count all things"].append(said == NUMBER_WORDS[len(scene.objects)])
     return found
 
 
-def boxes(model: anygen.AnyGen, scenes: list[Scene]) -> dict[str, list[float]]:
+def boxes(model: anygen.AnyGen, scenes: list[Scene], via: Via) -> dict[str, list[float]]:
     """IoU of the box of one thing of each scene, where one such stands, alone and beside another kind.
 
     And, of boxes that miss it beside another kind (IoU below a half), those that fit something else.
@@ -60,7 +62,7 @@ def boxes(model: anygen.AnyGen, scenes: list[Scene]) -> dict[str, list[float]]:
         wanted = next((placed for placed in scene.objects if names[placed.name] == 1), None)
         if wanted is None:
             continue
-        regions = model.generate(image=scene.picture, text=wanted.name, output="region", seed=0).regions
+        regions = model.generate(image=scene.picture, text=wanted.name, output="region", seed=0, via=via).regions
         fits = [iou(placed.box, regions[0]) if regions else 0.0 for placed in scene.objects]
         fit = fits[scene.objects.index(wanted)]
         found[_kind_of(scene)].append(fit)
@@ -79,12 +81,13 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--via", choices=("text", "nothing"), help="by way of a listing or not; as the bundle has it")
     options = parser.parse_args()
     model = anygen.AnyGen.from_pretrained(options.model)
     for name, seed in (("scenes of its training", options.seed), ("new scenes", NEW_SEED)):
         scenes = scenes_of(seed, options.scenes)
         print(name)
-        asked, fits = counts(model, scenes), boxes(model, scenes)
+        asked, fits = counts(model, scenes, options.via), boxes(model, scenes, options.via)
         asked = {"of all": asked[ALONE] + asked[BESIDE], **asked}
         fits = {"of all": fits[ALONE] + fits[BESIDE], **fits}
         for group, right in asked.items():

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from anygen._version import __version__
 from anygen.api import AnyGen
@@ -29,7 +29,7 @@ from anygen.gallery.redrawn import redrawn
 from anygen.results import Sample, save_png
 from anygen.sampling.choose import OPTION_NAMES
 from anygen.training.metrics import Progress
-from tokenizers_mm.media import Audio, Region, load_sound
+from tokenizers_mm.media import Audio, Region, load_picture, load_sound
 
 PAGE = "index.html"
 _BATCH = 32
@@ -40,7 +40,7 @@ class Shown:
     """One medium on the page."""
 
     modality: str
-    """`text`, `image`, `audio` or `region`."""
+    """`text`, `image`, `audio`, `region`, or `via`: a text that was written on the way."""
     text: str = ""
     file: str = ""
     """Relative to the page."""
@@ -56,7 +56,7 @@ class Card:
     section: str
     inputs: tuple[Shown, ...]
     answers: tuple[tuple[Shown, ...], ...]
-    """The media of each sample."""
+    """What was written on the way to each sample, then its media."""
     real: tuple[Shown, ...]
     is_held_out: bool
     command: str
@@ -120,10 +120,16 @@ def _card(number: int, exhibit: Exhibit, samples: Sequence[Sample], media: Path,
         _show_input(modality, value, media, f"{number:02d}-in-{i}")
         for i, (modality, value) in enumerate(exhibit.inputs)
     )
+    pictures = [value for modality, value in exhibit.inputs if modality == "image" and isinstance(value, Path)]
     answers = tuple(
-        tuple(
-            _show(segment, media, f"{number:02d}-{s}-{place}", sample, f"answer {s + 1} of {len(samples)}")
-            for place, segment in enumerate(sample.segments)
+        (
+            *(Shown("via", text=str(segment.content)) for segment in sample.via),
+            *(
+                _show(
+                    segment, media, f"{number:02d}-{s}-{place}", sample, f"answer {s + 1} of {len(samples)}", pictures
+                )
+                for place, segment in enumerate(sample.segments)
+            ),
         )
         for s, sample in enumerate(samples)
     )
@@ -145,7 +151,7 @@ def _redrawn_cards(model: AnyGen, media: Path) -> list[Card]:
     return cards
 
 
-def _show(segment: Segment, media: Path, stem: str, sample: Sample, label: str) -> Shown:
+def _show(segment: Segment, media: Path, stem: str, sample: Sample, label: str, pictures: Sequence[Path]) -> Shown:
     content = segment.content
     if isinstance(content, Image.Image):
         save_png(content, media / f"{stem}.png", {**sample.provenance, "seed": sample.seed})
@@ -153,8 +159,26 @@ def _show(segment: Segment, media: Path, stem: str, sample: Sample, label: str) 
     if isinstance(content, Audio):
         return _show_sound(content, media, stem, label)
     if isinstance(content, Region):
-        return Shown("region", text=", ".join(f"{value:.2f}" for value in content.values))
+        text = ", ".join(f"{value:.2f}" for value in content.values)
+        if not pictures:
+            return Shown("region", text=text)
+        _framed(load_picture(pictures[0]), content).save(media / f"{stem}-framed.png", optimize=True)
+        return Shown("region", text=text, file=f"media/{stem}-framed.png", label=f"the picture with the box {text}")
     return Shown("text", text=str(content))
+
+
+def _framed(picture: Image.Image, region: Region) -> Image.Image:
+    """The picture, three times as large, with the box or point in red."""
+    large = picture.convert("RGB").resize((picture.width * 3, picture.height * 3), Image.Resampling.LANCZOS)
+    x0, y0, x1, y1 = region.values if len(region.values) == 4 else region.values * 2
+    corners = (
+        min(x0, x1) * large.width,
+        min(y0, y1) * large.height,
+        max(x0, x1) * large.width,
+        max(y0, y1) * large.height,
+    )
+    ImageDraw.Draw(large).rectangle(corners, outline="red", width=3)
+    return large
 
 
 def _show_sound(audio: Audio, media: Path, stem: str, label: str) -> Shown:

@@ -31,7 +31,7 @@ class ExhibitConfig(Config):
     emoji: str | None = None
     """Name of an embedded emoji that the inputs are taken from and the answer is compared with."""
     inputs: list[str] = []
-    """`text`, `image`, `audio` of the emoji, or `text=some words`, in order."""
+    """`text`, `image`, `audio` of the emoji, `text=some words` or `image=a file` (beside the prompts), in order."""
     output: list[str]
     num_samples: int = 1
     seed: int = 0
@@ -81,7 +81,8 @@ def load_exhibits(path: Path | None = None) -> list[Exhibit]:
     if not isinstance(rows, list) or not rows:
         raise ConfigError(f"{source} is not a list of prompts")
     return [
-        _exhibit(build(ExhibitConfig, row, source=f"{source}, prompt {number}")) for number, row in enumerate(rows, 1)
+        _exhibit(build(ExhibitConfig, row, source=f"{source}, prompt {number}"), source.parent)
+        for number, row in enumerate(rows, 1)
     ]
 
 
@@ -98,7 +99,7 @@ def embedded_emoji() -> Mapping[str, EmbeddedEmoji]:
     }
 
 
-def _exhibit(config: ExhibitConfig) -> Exhibit:
+def _exhibit(config: ExhibitConfig, folder: Path) -> Exhibit:
     real = None
     if config.emoji is not None:
         if config.emoji not in embedded_emoji():
@@ -106,7 +107,7 @@ def _exhibit(config: ExhibitConfig) -> Exhibit:
                 f"emoji {config.emoji!r} is not embedded; there are {', '.join(sorted(embedded_emoji()))}"
             )
         real = embedded_emoji()[config.emoji]
-    inputs = tuple(_input(spec, real) for spec in config.inputs)
+    inputs = tuple(_input(spec, real, folder) for spec in config.inputs)
     given = [modality for modality, _ in inputs]
     if given != [modality for modality in INPUT_ORDER if modality in given]:
         raise ConfigError(
@@ -121,11 +122,15 @@ def _exhibit(config: ExhibitConfig) -> Exhibit:
     return Exhibit(config.section, request, inputs, real)
 
 
-def _input(spec: str, real: EmbeddedEmoji | None) -> tuple[str, str | Path]:
+def _input(spec: str, real: EmbeddedEmoji | None, folder: Path) -> tuple[str, str | Path]:
     if spec.startswith("text="):
         return "text", spec.removeprefix("text=")
+    if spec.startswith("image="):
+        if not (path := folder / spec.removeprefix("image=")).is_file():
+            raise ConfigError(f"input {spec!r}: there is no file {path}")
+        return "image", path
     if real is None or spec not in ("text", "image", "audio"):
-        raise ConfigError(f"input {spec!r}: write text=WORDS or, beside an emoji, text, image or audio")
+        raise ConfigError(f"input {spec!r}: write text=WORDS, image=FILE or, beside an emoji, text, image or audio")
     values: dict[str, str | Path] = {"text": real.text, "image": real.picture, "audio": real.speech}
     return spec, values[spec]
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+
 from anygen.data.emoji_names import spoken_forms
 from anygen.data.emoji_pictures import EmojiFont, on_white
+from anygen.data.scenes import is_countable, make_scene
 from anygen.data.sources import flac_of
 from anygen.data.speech import speak
 from anygen.gallery.exhibits import INPUTS
@@ -26,6 +29,8 @@ NAMES = (
 )
 HELD_OUT = 4
 VOICE = "slt"
+SCENES = {"two_stars_left_of_a_backpack.png": 5, "a_strawberry_left_of_two_red_apples.png": 15}
+"""File to seed; no training draws scenes from such a one."""
 
 
 def main(folder: Path = Path(__file__).parent / "inputs") -> None:
@@ -42,6 +47,10 @@ def main(folder: Path = Path(__file__).parent / "inputs") -> None:
         (folder / f"{emoji.key}.flac").write_bytes(flac_of(speak(text, VOICE)))
         row = {"name": emoji.name, "split": emoji.split, "text": text}
         rows.append({**row, "picture": f"{emoji.key}.png", "speech": f"{emoji.key}.flac"})
+    things = [emoji for emoji in catalogue.values() if is_countable(emoji)]
+    for file, seed in SCENES.items():
+        scene = make_scene(things, font, side_px=64, generator=np.random.default_rng([seed, 0, 0]))
+        scene.picture.save(folder / file, optimize=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / INPUTS).write_text(lines, encoding="utf-8")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
+import json
 import os
 import re
 import shlex
@@ -76,6 +78,25 @@ def test_the_command_beside_an_exhibit_gives_it_again(model: AnyGen, tmp_path: P
         assert Image.open(shown).size == (24, 24)
 
 
+def test_a_box_is_drawn_on_its_picture_and_what_was_written_first_is_shown(
+    model: AnyGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, via={"image,text>region": "text"}))
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "white.png")
+    prompts = tmp_path / "p.yaml"
+    prompts.write_text("- {section: a, inputs: [image=white.png, text=where], output: [region]}")
+    page = build_gallery(model, tmp_path / "g", load_exhibits(prompts))
+    (card,) = [card for card in json.loads((page.parent / "gallery.json").read_text()) if card["section"] == "a"]
+    via, box = card["answers"][0]
+    assert via["modality"] == "via" and via["text"] and page.read_text().count('<p class="via">first: <bdi>') == 1
+    pixels = np.asarray(Image.open(page.parent / box["file"]))
+    is_red = (pixels == (255, 0, 0)).all(-1)
+    assert pixels.shape == (48, 48, 3) and is_red.any() and (pixels[~is_red] == 255).all(), (
+        "the frame, and nothing else"
+    )
+    assert box["file"] in page.read_text()
+
+
 def test_real_pictures_are_drawn_again_where_a_bundle_can(
     drawing_folder: Path, model: AnyGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +147,7 @@ def test_embedded_inputs_are_real_and_some_were_held_out() -> None:
 @pytest.mark.parametrize(
     "content",
     ["", "a: 1", "- {section: x}", "- {section: x, output: [image], emoji: nobody}",
-     "- {section: x, output: [image], inputs: [image]}",
+     "- {section: x, output: [image], inputs: [image]}", "- {section: x, output: [image], inputs: [image=none.png]}",
      "- {section: x, output: [image], inputs: [text=a, text=b]}",
      "- {section: x, output: [image], emoji: red_apple, inputs: [text, image]}", "- {section: x, output: [image], inputz: []}", "- ["],
 )  # fmt: skip
