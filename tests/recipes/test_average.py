@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from anygen.api import AnyGen
-from anygen.bundle import load_bundle
+from anygen.bundle import load_bundle, save_bundle
 from anygen.files import publishing
+from anygen.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "nano" / "averaged" / "average.py"
@@ -50,18 +52,24 @@ def test_weights_are_mixed_and_the_bundle_works_and_says_so(bundle_folder: Path,
 
 
 def test_what_does_not_fit_is_refused_and_nothing_is_written(bundle_folder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    with publishing(other) as folder:
-        shutil.copytree(bundle_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-        for shard in folder.glob("model*.safetensors"):
-            save_file({n: w for n, w in list(load_file(shard).items())[1:]}, shard, metadata={"format": "pt"})
+    opened = load_bundle(bundle_folder)
+    narrow = copy.deepcopy(opened.model.config)
+    narrow.intermediate_size //= 2
+    more_ids = Vocabulary.of(opened.tokenizers, voken=8)
+    wide = copy.deepcopy(opened.model.config)
+    wide.vocab_size = more_ids.size
+    others = {"narrow": (narrow, opened.vocabulary), "more ids": (wide, more_ids)}
+    for name, (config, vocabulary) in others.items():
+        model = type(opened.model)(config)
+        facts: dict[str, Any] = {"layout": opened.layout, "tokenizers": opened.tokenizers}
+        save_bundle(tmp_path / name, model=model, vocabulary=vocabulary, defaults={}, provenance={}, card="", **facts)
     for words, message in (
         ((bundle_folder, bundle_folder, "--share", 1.5), "share must be from 0 to 1"),
         ((bundle_folder, tmp_path / "none", "--share", 0.5), "there is no bundle"),
-        ((bundle_folder, other, "--share", 0.5), "do not fit its config"),
+        ((bundle_folder, tmp_path / "narrow", "--share", 0.5), "different shapes"),
+        ((bundle_folder, tmp_path / "more ids", "--share", 0.5), "mean different things"),
     ):
         done = run(*words, "--out", tmp_path / "out")
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
         assert not (tmp_path / "out").exists()
-    assert "exists" in run(bundle_folder, bundle_folder, "--share", 0.5, "--out", other).stderr
-    assert json.loads((other / "anygen.json").read_text())
+    assert "exists" in run(bundle_folder, bundle_folder, "--share", 0.5, "--out", tmp_path / "narrow").stderr
