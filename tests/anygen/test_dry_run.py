@@ -41,11 +41,13 @@ def test_every_recipe_is_weighed_from_the_recipes_alone(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where no runs/ lies
-    start = load_recipe(find_recipe(name)).earlier_run
-    goes_on = start is not None and "bundle" in start.parts  # but for the bundle that an earlier family made
-    if goes_on:
-        start.parent.mkdir(parents=True)
-        start.symlink_to(default_bundle())
+    recipe = load_recipe(find_recipe(name))
+    start = recipe.earlier_run
+    for made in {start, recipe.init_from}:  # but for bundles that an earlier family made
+        if made is not None and "bundle" in made.parts:
+            made.parent.mkdir(parents=True)
+            made.symlink_to(default_bundle())
+    goes_on = start is not None and "bundle" in start.parts
     facts = weighed(name, tmp_path)
     assert not (tmp_path / "run").exists(), "a dry run leaves nothing"
     assert [source.split(":")[0] for source in facts["tokenizers"]] == ["text", "image", "audio"]
