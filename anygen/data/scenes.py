@@ -119,9 +119,10 @@ def counted(noun: str, count: int, *, word: bool = False) -> str:
 
 
 def _captions(nouns: Sequence[str], counts: Sequence[int], relation: Relation) -> tuple[str, ...]:
+    if len(nouns) == 1:  # `one`, since `a red apple` is how the emoji alone is called, drawn as large as it can be
+        only = counted(nouns[0], counts[0], word=True)
+        return (only, f"a picture of {only}")
     first = counted(nouns[0], counts[0])
-    if len(nouns) == 1:
-        return tuple(dict.fromkeys((first, counted(nouns[0], counts[0], word=True), f"a picture of {first}")))
     second = counted(nouns[1], counts[1])
     return (f"{first} {relation} {second}", f"{second} {_OPPOSITE[relation]} {first}")
 

@@ -93,6 +93,7 @@ def test_scenes_are_what_they_say() -> None:
     font = EmojiFont()
     things = [emoji for emoji in font.catalogue() if is_countable(emoji)]
     assert len(things) == len(THINGS), sorted(THINGS - {emoji.name for emoji in things})
+    of_emoji = {emoji.parts.subject: set(captions(emoji.parts)) for emoji in things}
     counts = {"one": 1, "two": 2, "three": 3, "four": 4}
     for seed in range(60):
         scene = make_scene(things, font, side_px=64, generator=np.random.default_rng(seed))
@@ -111,6 +112,9 @@ def test_scenes_are_what_they_say() -> None:
         names = [placed.name for placed in scene.objects]
         for (question, answer), name in zip(scene.questions, dict.fromkeys(names), strict=False):
             assert question.startswith("how many") and counts[answer] == names.count(name)
+        if len(names) == 1:
+            assert f"one {names[0]}" in scene.captions
+            assert not set(scene.captions) & of_emoji[names[0]], "the emoji alone is drawn larger: no caption is of both"
         kinds = list(dict.fromkeys(names))
         if len(kinds) == 2:
             first = [p.box.values for p in scene.objects if p.name == kinds[0]]
