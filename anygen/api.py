@@ -164,7 +164,6 @@ class AnyGen:
                 self.bundle.tokenizers,
                 functools.partial(self._decoded, request, state),
                 state.edit,
-                state.num_via,
             )
             for index, state in enumerate(states)
         ]
@@ -201,21 +200,24 @@ class AnyGen:
                 )
         edit, via = edit_of(request, self.bundle), via_of(request, self.bundle.via)
         if edit is not None:
-            task = request.task or ("infill" if infills(self.bundle) else None)
-            document, plan = edit.document(self.bundle.vocabulary, task), Plan((edit.block(self.sequencer),))
+            document = edit.document(
+                self.bundle.vocabulary, request.task or ("infill" if infills(self.bundle) else None)
+            )
         else:
-            document, plan = request.document(via), self._plan(request, via)
+            document = request.document(via)
         document = document.encode(tokenizers)
         prompt = self.sequencer.prompt(document)
+        room = self.engine.max_positions - len(prompt)
+        plan = self._plan(request, via, room) if edit is None else Plan((edit.block(self.sequencer),))
         dropped = self.sequencer.prompt(document, drop_inputs=True) if document.segments else None
         self.grammar.check(plan)
-        room, needed = self.engine.max_positions - len(prompt), self.grammar.smallest_budget(plan)
+        needed = self.grammar.smallest_budget(plan) + plan.ids_apart
         if room < needed:
             raise InputError(
                 f"the input takes {len(prompt)} of this model's {self.engine.max_positions} positions and the answer "
                 f"at least {needed}: shorten the input, or ask for less"
             )
-        budget = request.max_new_tokens or min(self.grammar.usual_budget(plan), room)
+        budget = request.max_new_tokens or min(self.grammar.usual_budget(plan), room - plan.ids_apart)
         options = request.options(self.bundle.defaults)
         return [
             SampleState(
@@ -228,7 +230,6 @@ class AnyGen:
                 window=request.speculative_window,
                 edit=edit,
                 noise_seed=noise_seed(generator, seed, place),
-                num_via=0 if via is None else 1,
             )
             for place, (generator, seed) in enumerate(request.generators())
         ]
@@ -236,7 +237,7 @@ class AnyGen:
     def _drawer(self, request: Request) -> Drawer:
         return Drawer(self.bundle, request.decoder, request.num_inference_steps)
 
-    def _plan(self, request: Request, via: Modality | None) -> Plan:
+    def _plan(self, request: Request, via: Modality | None, room: int) -> Plan:
         tokenizers = self.bundle.tokenizers
         return plan_of(
             request,
@@ -245,6 +246,7 @@ class AnyGen:
             patch_px=tokenizers["image"].config.patch_px if "image" in tokenizers else 1,  # type: ignore[attr-defined]
             frame_rate_hz=(tokenizers["audio"].rate_hz if "audio" in tokenizers else None) or 1.0,
             via=via,
+            room=room,
         )
 
     def _answer(self, request: Request, state: SampleState) -> tuple[Segment, ...]:
@@ -274,12 +276,12 @@ class AnyGen:
         }
         ended: Literal["eos", "length"] = "length" if state.walk.is_cut else "eos"
         return Sample(
-            segments[state.num_via :],
+            segments[state.walk.plan.num_via :],
             state.seed,
             ended if state.walk.done else "stopped",
             tuple(state.ids),
             provenance,
-            segments[: state.num_via],
+            segments[: state.walk.plan.num_via],
         )
 
     def decode(self, codes: Codes) -> Any:

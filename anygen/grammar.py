@@ -61,8 +61,8 @@ class Grammar:
         return [r if id < 0 else Range(r.name, id, 1) for r, id in zip(ranges, block.known, strict=True)]
 
     def smallest_budget(self, plan: Plan) -> int:
-        """Fewest new ids with which the plan can be carried out, `<eos>` included."""
-        costs = [self.num_body(block) + 2 for block in plan.blocks]
+        """Fewest new ids of an answer with which the plan can be carried out, `<eos>` included."""
+        costs = [self.num_body(block) + 2 for block in plan.blocks[plan.num_via :]]
         return (min(costs) if plan.free else sum(costs)) + 1
 
     def usual_budget(self, plan: Plan) -> int:
@@ -72,11 +72,11 @@ class Grammar:
         costs = {"text": _TEXT_BUDGET, "audio": self.layout.max_frames * self.sequencer.orders["audio"].num_kept + 4}
         return 1 + sum(
             costs[b.modality] if b.modality in costs and b.shape is None else self.native_num_body(b) + 2
-            for b in plan.blocks
+            for b in plan.blocks[plan.num_via :]
         )
 
     def start(self, plan: Plan, budget: int) -> Walk:
-        """A walk that ends within `budget` ids.
+        """A walk whose answer ends within `budget` ids; what is written before it has its own.
 
         Raises:
             InputError: an empty plan, a modality that the vocabulary lacks, a shape out of bounds, or too small a
@@ -84,7 +84,7 @@ class Grammar:
         """
         self.check(plan)
         if budget < self.smallest_budget(plan):
-            names = ", ".join(block.modality for block in plan.blocks)
+            names = ", ".join(block.modality for block in plan.blocks[plan.num_via :])
             raise InputError(
                 f"max_new_tokens={budget} is too small for output {names}: "
                 f"it takes at least {self.smallest_budget(plan)}"
@@ -132,9 +132,9 @@ class Walk:
 
     def __init__(self, grammar: Grammar, plan: Plan, budget: int) -> None:
         self._grammar = grammar
-        self._plan = plan
-        self.budget = budget
-        self._left = budget
+        self.plan = plan
+        self._answer_budget, self.budget = budget, budget + plan.ids_apart
+        self._left = self.budget
         self._next_block = 0
         self._block: Block | None = None
         self._shape: list[int] = []
@@ -142,9 +142,9 @@ class Walk:
         self._num_written = 0
         natives = [grammar.native_num_body(block) + 2 for block in plan.blocks]
         # Later blocks keep room for their native shape where the budget has it, else for their smallest one.
-        self._costs = natives if sum(natives) + 1 <= budget else [grammar.num_body(b) + 2 for b in plan.blocks]
-        self.num_blocks = 0
-        self.done = False
+        fits = sum(natives[plan.num_via :]) + 1 <= budget
+        self._costs = natives if fits else [grammar.num_body(b) + 2 for b in plan.blocks]
+        self.num_blocks, self.done = 0, False
         self.is_cut = False
         self.allowed: Ranges = self._between_blocks()
 
@@ -188,7 +188,7 @@ class Walk:
 
     def again(self) -> Walk:
         """A new walk from the start, of the same plan and budget."""
-        return Walk(self._grammar, self._plan, self.budget)
+        return Walk(self._grammar, self.plan, self._answer_budget)
 
     def push(self, id: int) -> None:
         """Take the next id; it must be allowed."""
@@ -207,29 +207,29 @@ class Walk:
 
     def _between_blocks(self) -> Ranges:
         vocabulary = self._grammar.vocabulary
-        if self._plan.free:
+        if self.plan.free:
             ids = [
                 vocabulary.control(block.name)
-                for block in self._plan.blocks
+                for block in self.plan.blocks
                 if self._grammar.num_body(block) + 2 <= self._left - 1
             ]
             if self.num_blocks:
                 self.is_cut |= not ids
                 ids.append(vocabulary.control("eos"))
             return tuple((id, id + 1) for id in sorted(set(ids)))
-        if self._next_block == len(self._plan.blocks):
+        if self._next_block == len(self.plan.blocks):
             return _only(vocabulary.control("eos"))
-        return _only(vocabulary.control(self._plan.blocks[self._next_block].name))
+        return _only(vocabulary.control(self.plan.blocks[self._next_block].name))
 
     def _open(self, id: int) -> Ranges:
         vocabulary = self._grammar.vocabulary
         if id == vocabulary.control("eos"):
             self.done = True
             return ()
-        if self._plan.free:
-            self._block = next(b for b in self._plan.blocks if vocabulary.control(b.name) == id)
+        if self.plan.free:
+            self._block = next(b for b in self.plan.blocks if vocabulary.control(b.name) == id)
         else:
-            self._block = self._plan.blocks[self._next_block]
+            self._block = self.plan.blocks[self._next_block]
             self._next_block += 1
         self._shape, self._body, self._num_written = [], [], 0
         if self._block.shape is None:
@@ -237,6 +237,8 @@ class Walk:
         return self._inside()
 
     def _close(self) -> Ranges:
+        if self._block and self._block.ids_apart:  # what it left of its own is not for the answer
+            self._left = self._answer_budget
         self._block = None
         self.num_blocks += 1
         return self._between_blocks()
@@ -245,7 +247,9 @@ class Walk:
 
     def _room(self) -> int:
         """Ids that the open block may still take, its end token included."""
-        reserved = 0 if self._plan.free else sum(self._costs[self._next_block :])
+        if self._block and self._block.ids_apart:
+            return self._block.ids_apart - 1 - self._num_written
+        reserved = 0 if self.plan.free else sum(self._costs[self._next_block :])
         return self._left - reserved - 1
 
     def _end_id(self) -> int:

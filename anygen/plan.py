@@ -20,6 +20,8 @@ class Block:
     known: tuple[int, ...] | None = None
     """Of a picture or sound whose shape is fixed: the id of each code in the order in which they are written, -1 where
     it is to be chosen."""
+    ids_apart: int = 0
+    """Of a text before the answer: how many ids it may take, begin and end included, that no budget counts."""
 
     @property
     def name(self) -> BlockName:
@@ -32,4 +34,15 @@ class Plan:
     """What an answer is to hold: exactly these blocks in this order or, where `free`, any blocks of these kinds."""
 
     blocks: tuple[Block, ...]
+    """First those that are written before the answer, if any."""
     free: bool = False
+
+    @property
+    def num_via(self) -> int:
+        """How many blocks are written before the answer."""
+        return sum(block.ids_apart > 0 for block in self.blocks)
+
+    @property
+    def ids_apart(self) -> int:
+        """How many ids these may take."""
+        return sum(block.ids_apart for block in self.blocks)

@@ -12,12 +12,14 @@ from anygen.request import Request
 from anygen.vocabulary import NUM_NUMBERS
 from tokenizers_mm.codes import MODALITIES, Modality
 
+_VIA_IDS, _SHORTEST = 256, 3
+
 
 def via_of(request: Request, usual: Mapping[str, Modality]) -> Modality | None:
     """What is written before the answer: as asked, else what is usual for this direction (`audio>image`)."""
     if request.via is not None:
         return "text" if request.via == "text" else None
-    if request.own_task is not None or request.edited is not None:
+    if request.own_task is not None or request.edited is not None or request.outputs == ("any",):
         return None
     inputs = ",".join(segment.modality for segment in request.inputs)
     return usual.get(f"{inputs}>{','.join(request.outputs)}")
@@ -31,6 +33,7 @@ def plan_of(
     patch_px: int,
     frame_rate_hz: float,
     via: Modality | None = None,
+    room: int = 4 * _VIA_IDS,
 ) -> Plan:
     """The blocks to generate, with their shapes where they are fixed.
 
@@ -41,6 +44,7 @@ def plan_of(
         patch_px: side of what one picture code stands for.
         frame_rate_hz: frames of sound codes in a second.
         via: what is written before all that was asked for.
+        room: ids that fit behind the inputs; what is written before takes a quarter of it at most.
 
     Raises:
         InputError: a size or duration that the model cannot write.
@@ -49,7 +53,7 @@ def plan_of(
         kinds = [m for m in MODALITIES if m in modalities and m != "region"]
         drawn = {"image": _drawn(request, layout, patch_px)} if request.decoder != "codes" else {}
         return Plan(tuple(drawn.get(m, Block(m)) for m in kinds), free=True)
-    blocks = [] if via is None else [Block(via)]
+    blocks = [] if via is None else [Block(via, ids_apart=max(_SHORTEST, min(_VIA_IDS, room // 4)))]
     for name in request.outputs:
         shape: tuple[int, ...] | None = None
         if name == "image" and request.decoder != "codes":

@@ -48,7 +48,6 @@ class Tracker:
         tokenizers: decode text, rows and sounds as they grow.
         decode: an answer of one block in codes to media; given the number of pictures before it.
         edit: what is edited, if anything.
-        num_via: leading segments of which no event tells: they are no part of the answer.
     """
 
     def __init__(
@@ -59,13 +58,11 @@ class Tracker:
         tokenizers: Tokenizers,
         decode: Callable[[Document, int], Document],
         edit: Edit | None = None,
-        num_via: int = 0,
     ) -> None:
         self.index, self.walk = index, walk.again()
         self.segments: list[Segment] = []
         """Whole ones."""
         self._sequencer, self._tokenizers, self._decode, self._edit = sequencer, tokenizers, decode, edit
-        self._num_via = num_via
         self._block: list[int] = []
         self._text = ""
         self._growing: _Rows | _Sound | None = None
@@ -78,7 +75,7 @@ class Tracker:
 
     def push(self, id: int) -> Iterator[Event]:
         """The events that one more id makes."""
-        is_via = len(self.segments) < self._num_via
+        is_via = len(self.segments) < self.walk.plan.num_via  # no part of the answer
         for event in self._events(id):
             if not is_via:
                 yield event

@@ -62,8 +62,6 @@ class SampleState:
     """What is edited, for whoever decodes the answer (`anygen.editing`)."""
     vokens: list[Tensor] = field(default_factory=list)
     """Hidden states at the vokens of each voken block, N x width, in order."""
-    num_via: int = 0
-    """Leading blocks that are no part of the answer."""
 
     @property
     def is_guided(self) -> bool:

@@ -114,7 +114,9 @@ def test_scenes_are_what_they_say() -> None:
             assert question.startswith("how many") and counts[answer] == names.count(name)
         if len(names) == 1:
             assert f"one {names[0]}" in scene.captions
-            assert not set(scene.captions) & of_emoji[names[0]], "the emoji alone is drawn larger: no caption is of both"
+            assert not set(scene.captions) & of_emoji[names[0]], (
+                "the emoji alone is drawn larger: no caption is of both"
+            )
         kinds = list(dict.fromkeys(names))
         if len(kinds) == 2:
             first = [p.box.values for p in scene.objects if p.name == kinds[0]]

@@ -1,4 +1,4 @@
-"""The script of `recipes/nano/averaged`: two bundles' weights, averaged."""
+"""The script of `recipes/nano/questions`: two bundles' weights, averaged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from anygen.files import publishing
 from anygen.vocabulary import Vocabulary
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "recipes" / "nano" / "averaged" / "average.py"
+SCRIPT = ROOT / "recipes" / "nano" / "questions" / "average.py"
 
 
 def run(*words: object) -> subprocess.CompletedProcess[str]:

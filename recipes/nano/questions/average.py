@@ -1,6 +1,6 @@
 r"""The weights of two bundles, averaged: what further training took away comes back, most of what it gave stays.
 
-    python recipes/nano/averaged/average.py runs/listed/bundle/nano runs/more_voices/bundle/nano \
+    python recipes/nano/questions/average.py runs/listed/bundle/nano runs/more_voices/bundle/nano \
         --share 0.7 --out runs/averaged_start/bundle/nano
 
 WiSE-FT (arXiv 2109.01903): `share` of the first, the rest of the second, which the first was trained on from. All
