@@ -162,8 +162,8 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
 
 
 def _via(facts: Mapping[str, Any]) -> dict[str, Modality]:
-    if any(text != "text" or ">" not in direction for direction, text in facts.items()):
-        raise ValueError(f"via holds directions, each with 'text'; got {dict(facts)!r}")
+    if any(text != "text" or ">" not in way or way.endswith(">any") for way, text in facts.items()):
+        raise ValueError(f"via holds directions, to any but 'any', each with 'text'; got {dict(facts)!r}")
     return {str(direction): "text" for direction in facts}
 
 

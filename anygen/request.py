@@ -69,7 +69,7 @@ class Request:
     """What to generate, in order; `any` lets the model decide. May be left out where `task` says it."""
     task: str | None = None
     """`depict`, `caption`, `speak`, `transcribe`, `answer`, `locate`, `continue`, `infill`; by default from inputs and
-    output."""
+    output. The same as by default is the same as none: then `via` decides it."""
     num_samples: int = 1
     seed: int | None = 0
     """Sample i is drawn from seed + i; None takes a new seed and reports it."""

@@ -23,17 +23,20 @@ _ROWS, _COLUMNS = ("above", "", "below"), ("left", "", "right")
 
 
 def quiz_document(record: CodedRecord, generator: random.Random, *, listed: bool) -> Document:
-    """The picture, then each name with its box and two questions, in any order, then a box with its name.
+    """The picture, then two names with their boxes and two questions, in any order, then a box with its name.
 
     Few, and the box last: what was said before would give too much of an answer away. The task is that of the first
     target. Where `listed`, that is a listing, and so before every answer: a caption, as `Request.document` asks for
     one. Nobody needs it for what is in a box, which is left out.
     """
     assert record.picture is not None, "directions are given the records that they need"
+    places = first_of_each(record.objects)
+    if len(places) > 2:
+        places = generator.sample(places, 2)
     questions = generator.sample(record.questions, min(2, len(record.questions)))
     turns: list[tuple[str, tuple[Modality, Any], tuple[Modality, Any]]] = [
         *(("answer", ("text", question), ("text", answer)) for question, answer in questions),
-        *(("locate", ("text", thing), ("region", box)) for thing, box in first_of_each(record.objects)),
+        *(("locate", ("text", thing), ("region", box)) for thing, box in places),
     ]
     generator.shuffle(turns)
     if not listed:

@@ -4,10 +4,10 @@ A direction is written `inputs>targets`, modalities parted by commas, with a kin
 `text>image`, `image>text,audio`, `scene:image>text`. Where a document holds sound, its text is what is said; two
 texts are two phrasings. `voken` is a picture written as vokens (`text>voken`). Some directions need more than
 modalities: `ask` (picture and question to answer), `ask_aloud` (the same, both spoken), `locate` (picture and name to
-box), `name` (picture and box to name), `quiz` (a picture and several of those three in turn), `quiz_listed` (the same,
-and before every answer what stands where, in words; see `anygen.data.quiz`), `infill_image` and `infill_audio`
-(what is known of a picture or sound, and mostly its text, to the whole of it). `story>...` continues a story; see
-`anygen.data.story_tasks`.
+box), `name` (picture and box to name), `quiz` (a picture and several of those three in turn), `quiz_listed` (questions
+and names to boxes, and before every answer what stands where, in words; see `anygen.data.quiz`), `infill_image` and
+`infill_audio` (what is known of a picture or sound, and mostly its text, to the whole of it). `story>...` continues a
+story; see `anygen.data.story_tasks`.
 """
 
 from __future__ import annotations

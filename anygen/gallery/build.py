@@ -33,6 +33,13 @@ from tokenizers_mm.media import Audio, Region, load_picture, load_sound
 
 PAGE = "index.html"
 _BATCH = 32
+_FRAMED_PX = 192
+"""Longer side of a picture with a box: twice what the page gives it."""
+_OPTIONS = (
+    *("task", "num_samples", "seed", "best_of", *OPTION_NAMES, "max_new_tokens", "size", "duration_s"),
+    *("decoder", "num_inference_steps", "via"),
+)
+"""Of a request, in the command beside its answer, where they are not as usual."""
 
 
 @dataclass(frozen=True)
@@ -168,17 +175,18 @@ def _show(segment: Segment, media: Path, stem: str, sample: Sample, label: str, 
 
 
 def _framed(picture: Image.Image, region: Region) -> Image.Image:
-    """The picture, three times as large, with the box or point in red."""
-    large = picture.convert("RGB").resize((picture.width * 3, picture.height * 3), Image.Resampling.LANCZOS)
-    x0, y0, x1, y1 = region.values if len(region.values) == 4 else region.values * 2
-    corners = (
-        min(x0, x1) * large.width,
-        min(y0, y1) * large.height,
-        max(x0, x1) * large.width,
-        max(y0, y1) * large.height,
+    """The picture, scaled to show as much as the page does, with the box, or a small one around the point, in red."""
+    scale = _FRAMED_PX / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    shown = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    x0, y0, x1, y1 = (
+        v * side for v, side in zip((*region.values, *region.values)[:4], (width, height) * 2, strict=True)
     )
-    ImageDraw.Draw(large).rectangle(corners, outline="red", width=3)
-    return large
+    margin = 0 if len(region.values) == 4 else _FRAMED_PX / 24
+    (left, right), (top, bottom) = sorted((x0, x1)), sorted((y0, y1))
+    corners = (left - margin, top - margin, right + margin, bottom + margin)
+    ImageDraw.Draw(shown).rectangle(corners, outline="red", width=3)
+    return shown
 
 
 def _show_sound(audio: Audio, media: Path, stem: str, label: str) -> Shown:
@@ -217,9 +225,8 @@ def _command(exhibit: Exhibit, inputs: Sequence[Shown], model_option: list[str])
         words += [f"--{shown.modality}", shown.file or shown.text]
     for output in request.outputs:
         words += ["--output", output]
-    for name in ("task", "num_samples", "seed", *OPTION_NAMES, "max_new_tokens", "size", "duration_s"):
-        value = getattr(request, name)
-        if value is not None and (name, value) not in (("num_samples", 1), ("seed", 0)):
+    for name in _OPTIONS:
+        if (value := getattr(request, name)) != getattr(type(request), name):  # a field's default
             words += [f"--{name.replace('_', '-')}", str(value)]
     return shlex.join(words)
 

@@ -82,7 +82,7 @@ def test_documents_of_every_kind_of_direction_have_a_length(tmp_path: Path) -> N
     lengths = weighed("nano/pretrain.yaml", tmp_path, f"mixture={mixture}")["ids of a document"]
     assert len(lengths) == 10 and lengths["story>image"] > 4 * lengths["text>image"] > 4 * lengths["text>voken"]
     assert lengths["quiz"] > lengths["ask"] + 20, "one picture, four turns"
-    assert lengths["quiz_listed"] > lengths["ask"] + 20, "one picture, a listing and three turns"
+    assert lengths["quiz_listed"] > lengths["quiz"] + 2 * 19, "one turn less, three listings more"
     assert lengths["ask_aloud"] > lengths["ask"] > lengths["locate"] == lengths["name"] > lengths["text>voken"]
 
 

@@ -20,10 +20,10 @@ from PIL import Image
 from anygen.api import AnyGen
 from anygen.errors import ConfigError
 from anygen.evaluation.spectrogram import draw_spectrogram
-from anygen.gallery.build import Card, Shown, build_gallery, render
+from anygen.gallery.build import Card, Shown, _framed, build_gallery, render
 from anygen.gallery.exhibits import embedded_emoji, load_exhibits
 from anygen.gallery.redrawn import redrawn
-from tokenizers_mm.media import load_sound
+from tokenizers_mm.media import Region, load_sound
 
 
 class Links(HTMLParser):
@@ -64,7 +64,7 @@ def test_the_command_beside_an_exhibit_gives_it_again(model: AnyGen, tmp_path: P
     prompts = tmp_path / "p.yaml"
     prompts.write_text(
         "- {section: a, emoji: red_apple, inputs: [image, audio, text], output: [image, text], num_samples: 2, seed: 5,"
-        " options: {size: 24, top_k: 3, temperature: 0.7, max_new_tokens: 60}}"
+        " options: {size: 24, top_k: 3, temperature: 0.7, max_new_tokens: 60, via: text}}"
     )
     page = build_gallery(model, tmp_path / "g", load_exhibits(prompts))
     (command,) = re.findall(r"<code>(.*?)</code>", page.read_text(), re.DOTALL)
@@ -84,17 +84,33 @@ def test_a_box_is_drawn_on_its_picture_and_what_was_written_first_is_shown(
     monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, via={"image,text>region": "text"}))
     Image.new("RGB", (16, 16), "white").save(tmp_path / "white.png")
     prompts = tmp_path / "p.yaml"
-    prompts.write_text("- {section: a, inputs: [image=white.png, text=where], output: [region]}")
+    prompts.write_text(
+        "- {section: a, inputs: [image=white.png, text=where], output: [region], options: {temperature: 5.0}}"
+    )
     page = build_gallery(model, tmp_path / "g", load_exhibits(prompts))
     (card,) = [card for card in json.loads((page.parent / "gallery.json").read_text()) if card["section"] == "a"]
     via, box = card["answers"][0]
     assert via["modality"] == "via" and via["text"] and page.read_text().count('<p class="via">first: <bdi>') == 1
-    pixels = np.asarray(Image.open(page.parent / box["file"]))
+    assert Image.open(page.parent / box["file"]).size == (192, 192) and box["file"] in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("size", "region", "frame"),
+    [
+        ((16, 16), (0.25, 0.5, 0.5, 0.75), (48, 96, 96, 144)),
+        ((16, 16), (0.5, 0.75, 0.25, 0.5), (48, 96, 96, 144)),
+        ((400, 200), (0.5, 0.0, 1.0, 0.5), (96, 0, 191, 48)),
+        ((32, 64), (0.5, 0.5), (40, 88, 56, 104)),
+    ],
+)
+def test_boxes_and_points_are_where_they_are(
+    size: tuple[int, int], region: tuple[float, ...], frame: tuple[int, int, int, int]
+) -> None:
+    pixels = np.asarray(_framed(Image.new("RGB", size, "white"), Region(region)))
     is_red = (pixels == (255, 0, 0)).all(-1)
-    assert pixels.shape == (48, 48, 3) and is_red.any() and (pixels[~is_red] == 255).all(), (
-        "the frame, and nothing else"
-    )
-    assert box["file"] in page.read_text()
+    rows, columns = np.nonzero(is_red)
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == frame
+    assert (pixels[~is_red] == 255).all() and not is_red[rows.min() + 3, columns.min() + 3], "a frame, and nothing else"
 
 
 def test_real_pictures_are_drawn_again_where_a_bundle_can(

@@ -171,7 +171,7 @@ def test_a_bundle_carries_it(bundle_folder: Path, tmp_path: Path) -> None:
     edit(folder / "anygen.json", lambda facts: facts.update(via={"audio>image": "text"}))
     resealed(folder)
     assert load_bundle(folder).via == {"audio>image": "text"} and load_bundle(bundle_folder).via == {}
-    for wrong in ({"audio>image": "image"}, {"audio": "text"}, ["audio>image"], "text"):
+    for wrong in ({"audio>image": "image"}, {"audio": "text"}, {"audio>any": "text"}, ["audio>image"], "text"):
         edit(folder / "anygen.json", lambda facts, wrong=wrong: facts.update(via=wrong))
         resealed(folder)
         with pytest.raises(CheckpointError, match=r"anygen.json is broken"):
