@@ -55,10 +55,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(bundle_folder: Path
     opened = load_bundle(bundle_folder)
     narrow = copy.deepcopy(opened.model.config)
     narrow.intermediate_size //= 2
+    deep = copy.deepcopy(opened.model.config)
+    deep.num_hidden_layers += 1
+    deep.layer_types = [*deep.layer_types, deep.layer_types[-1]]
     more_ids = Vocabulary.of(opened.tokenizers, voken=8)
     wide = copy.deepcopy(opened.model.config)
     wide.vocab_size = more_ids.size
-    others = {"narrow": (narrow, opened.vocabulary), "more ids": (wide, more_ids)}
+    others = {"narrow": (narrow, opened.vocabulary), "deep": (deep, opened.vocabulary), "more ids": (wide, more_ids)}
     for name, (config, vocabulary) in others.items():
         model = type(opened.model)(config)
         facts: dict[str, Any] = {"layout": opened.layout, "tokenizers": opened.tokenizers}
@@ -67,6 +70,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(bundle_folder: Path
         ((bundle_folder, bundle_folder, "--share", 1.5), "share must be from 0 to 1"),
         ((bundle_folder, tmp_path / "none", "--share", 0.5), "there is no bundle"),
         ((bundle_folder, tmp_path / "narrow", "--share", 0.5), "different shapes"),
+        ((bundle_folder, tmp_path / "deep", "--share", 0.5), "different shapes"),
         ((bundle_folder, tmp_path / "more ids", "--share", 0.5), "mean different things"),
     ):
         done = run(*words, "--out", tmp_path / "out")

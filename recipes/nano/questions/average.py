@@ -17,7 +17,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from anygen.bundle import load_bundle
+from anygen.bundle import Bundle, load_bundle
 from anygen.errors import AnyGenError, InputError
 from anygen.files import publishing
 
@@ -35,21 +35,28 @@ def average(first: Path, second: Path, share: float, out: Path) -> None:
     bundles = [load_bundle(folder) for folder in (first, second)]
     if bundles[0].vocabulary.fingerprint != bundles[1].vocabulary.fingerprint:
         raise InputError("the ids of these bundles mean different things: only a bundle trained on from the other fits")
+    if bundles[0].layout != bundles[1].layout or len({_shape(bundle) for bundle in bundles}) > 1:
+        raise InputError("the transformers of these bundles have different shapes or layouts")
     others = {name: t for shard in _shards(second) for name, t in load_file(shard).items()}
     with publishing(out) as folder:
         shutil.copytree(first, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
         for shard in _shards(folder):
-            own = load_file(shard)
-            if any(name not in others or others[name].shape != weight.shape for name, weight in own.items()):
-                raise InputError("the transformers of these bundles have different shapes")
             mixed = {
                 name: (share * weight.float() + (1 - share) * others[name].float()).to(weight.dtype)
-                for name, weight in own.items()
+                for name, weight in load_file(shard).items()
             }
             save_file(mixed, shard, metadata={"format": "pt"})
         facts = json.loads((folder / "anygen.json").read_text(encoding="utf-8"))
         facts["provenance"]["averaged"] = {"share": share, "with": bundles[1].provenance}
         (folder / "anygen.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _shape(bundle: Bundle) -> str:
+    """Everything that a transformer's configuration says, as text, but for where and how it was saved."""
+    facts = bundle.model.config.to_dict()
+    for name in ("_name_or_path", "transformers_version", "dtype"):
+        facts.pop(name, None)
+    return json.dumps(facts, sort_keys=True)
 
 
 def _shards(folder: Path) -> list[Path]:
