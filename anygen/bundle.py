@@ -88,6 +88,17 @@ def default_bundle() -> Path:
     return path
 
 
+def bundle_folder(name: str | Path | None) -> Path:
+    """The folder of a bundle: None and `nano` are the embedded one, unless a folder here is called `nano`.
+
+    Raises:
+        CheckpointError: the embedded one is meant, and this installation was built without it.
+    """
+    if name is None or (str(name) == "nano" and not Path(name).exists()):
+        return default_bundle()
+    return Path(name)
+
+
 def save_bundle(
     folder: Path,
     *,
@@ -129,15 +140,16 @@ def save_bundle(
 
 
 def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bundle:
-    """Open and check a bundle; None opens the embedded one.
+    """Open and check a bundle; None and `nano` open the embedded one.
 
     Raises:
         InputError: the path does not exist, or the device cannot be used.
         CheckpointError: not a bundle, of another format, damaged, or its parts do not belong together.
     """
-    path = default_bundle() if folder is None else Path(folder)
+    path = bundle_folder(folder)
     if not path.is_dir():
-        raise InputError(f"there is no bundle at {path}")
+        fault = "is a file" if path.is_file() else "is not here"
+        raise InputError(f"there is no bundle at {path}, which {fault}: expected a folder, or nano, the embedded model")
     if not (path / ANYGEN_JSON).is_file():
         raise CheckpointError(f"{path} is not a bundle: it has no {ANYGEN_JSON}")
     verify(path)

@@ -28,6 +28,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: missing, not YAML, or not a mapping.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder of recipes: anygen run {path}, or name one of its files")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -26,7 +26,7 @@ REQUIRED = (
     "pillow",
     "soundfile",
 )
-OPTIONAL = ("xformers", "encodec", "diffusers", "jiwer", "gradio")
+OPTIONAL = ("xformers", "encodec", "diffusers", "jiwer")
 PROGRAMS = {"flite": "speech of the emoji world", "espeak-ng": "more voices of the emoji world"}
 
 

@@ -18,7 +18,7 @@ import jinja2
 import torch
 
 from anygen._version import __version__
-from anygen.bundle import ANYGEN_JSON, load_bundle
+from anygen.bundle import ANYGEN_JSON, bundle_folder, load_bundle
 from anygen.errors import CheckpointError, InputError
 from anygen.files import publishing, write_json
 from anygen.layout import Layout
@@ -54,8 +54,12 @@ def export_model(source: Path, out: Path, *, dtype: DType = "bf16") -> Path:
 
 
 def _open(source: Path) -> tuple[Any, Vocabulary, Layout]:
+    source = bundle_folder(source)
     if not source.is_dir():
-        raise InputError(f"there is no model at {source}: expected a bundle, or the folder model of a pretrain stage")
+        raise InputError(
+            f"there is no model at {source}: expected a bundle, nano (the embedded one), or the folder model of a "
+            "pretrain stage"
+        )
     if (source / ANYGEN_JSON).is_file():
         bundle = load_bundle(source, device="cpu")
         return bundle.model, bundle.vocabulary, bundle.layout

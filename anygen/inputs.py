@@ -129,6 +129,8 @@ def segment_of(item: Mapping[str, Any]) -> Segment:
     if modality == "text":
         if not isinstance(value, str):
             raise InputError(f"text must be a str; got {type(value).__name__}")
+        if not value.strip():
+            raise InputError("text is empty: leave it out to generate from the other inputs, or from nothing")
         media = value
     elif modality == "image":
         media = load_picture(value)

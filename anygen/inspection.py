@@ -26,6 +26,10 @@ def inspect_path(path: Path) -> Facts:
     """
     from tokenizers_mm.weights import UNREADABLE
 
+    if str(path) == "nano":
+        from anygen.bundle import bundle_folder
+
+        path = bundle_folder(path)
     if not path.exists():
         raise InputError(f"there is nothing at {path}")
     for test, describe in _KINDS:
@@ -53,7 +57,7 @@ def _bundle(path: Path) -> Facts:
         "ranges": {r.name: [r.start, r.stop] for r in bundle.vocabulary.ranges},
         "layout": bundle.layout.to_json(),
         "defaults": {name: options.to_json() for name, options in bundle.defaults.items()},
-        "decoders": {name: list(drivers) for name, drivers in bundle.renderers.items()},
+        "diffusion decoders": {name: list(drivers) for name, drivers in bundle.renderers.items()},
     }
 
 

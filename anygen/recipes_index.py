@@ -30,6 +30,9 @@ def find_recipe(name: str) -> Path:
     Raises:
         InputError: there is no such recipe.
     """
+    if name in _families():
+        first = next(recipe for recipe in list_recipes() if recipe.startswith(f"{name}/"))
+        raise InputError(f"{name!r} is a folder of recipes; name one of them, such as {first}")
     if name not in list_recipes():
         near = difflib.get_close_matches(name, [*_families(), *list_recipes()], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(list_recipes())}"
@@ -49,11 +52,10 @@ def copy_recipe(name: str, to: Path) -> Path:
         InputError: no such recipe or family, or `to` exists.
     """
     if name in _families():
-        target = to / name if to.is_dir() else to
-        if target.exists():
-            raise InputError(f"{target} exists already: choose another name")
-        shutil.copytree(recipes_folder() / name, target)
-        return target
+        if to.exists():  # a family within another would be left out of `anygen run`
+            raise InputError(f"{to} exists already: choose another name")
+        shutil.copytree(recipes_folder() / name, to)
+        return to
     source = find_recipe(name)
     target = to / source.name if to.is_dir() else to
     if target.exists():

@@ -20,7 +20,7 @@ def recipes_ls() -> None:
 
 @app.command("show")
 def recipes_show(name: str) -> None:
-    """Print a recipe, e.g. nano/pretrain.yaml."""
+    """Print one recipe (nano/pretrain.yaml)."""
     from anygen.recipes_index import find_recipe
 
     print(find_recipe(name).read_text(encoding="utf-8"), end="")

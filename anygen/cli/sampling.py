@@ -58,7 +58,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for what is generated.")] = Path("out"),
     profile: Annotated[bool, typer.Option("--profile", help="Print where the time went, to stderr.")] = False,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Print what happens while it does; with --json one object a line.")
+        bool, typer.Option("--stream", help="Report progress as it generates; with --json one object a line.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -106,13 +106,20 @@ def generate(
     files = result.save(out)
     if as_json:
         samples = [
-            {"seed": sample.seed, "finish_reason": sample.finish_reason, "texts": sample.of("text")}
+            {
+                "seed": sample.seed,
+                "finish_reason": sample.finish_reason,
+                "texts": sample.of("text"),
+                "regions": [region.values for region in sample.of("region")],
+            }
             for sample in result.samples
         ]
         print_json({**({"event": "finished"} if stream else {}), "files": [str(f) for f in files], "samples": samples})
         return
     for written in result.texts:
         print(written)
+    for region in result.regions:
+        print(*(f"{value:.3f}" for value in region.values))
     for file in files:
         if file.suffix != ".txt":
             print(file)

@@ -130,7 +130,9 @@ class Mixture:
             raise ConfigError(f"a mixture needs positive weights; got {dict(weights)}")
         for kind in kinds:
             if num_items.get(kind, 0) < 1:
-                raise ConfigError(f"the mixture asks for {kind!r}, but the data have nothing for it")
+                raise ConfigError(
+                    f"the mixture asks for {kind!r}, but the data have nothing for it: delete it, or add such data"
+                )
         total = sum(weights[kind] for kind in kinds)
         edges = np.rint(np.cumsum([weights[kind] / total for kind in kinds]) * _CYCLE).astype(int)
         counts = np.diff(edges, prepend=0)

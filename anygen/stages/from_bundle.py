@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from anygen.bundle import ANYGEN_JSON, default_bundle, load_bundle
+from anygen.bundle import ANYGEN_JSON, bundle_folder, load_bundle
 from anygen.errors import CheckpointError
 from anygen.files import is_published, publishing, read_json, sha256_of, verify, write_json
 from anygen.layout import Layout
@@ -27,14 +27,11 @@ from it by `init_from` of the stage pretrain."""
 def bundle_at(path: Path) -> Path | None:
     """The bundle that a recipe names: a folder, or `nano`, the embedded one; None where there is no bundle.
 
-    A folder that is called `nano` comes before the embedded bundle.
-
     Raises:
         CheckpointError: `nano` is meant, and this installation was built without it.
     """
-    if str(path) == "nano" and not path.exists():
-        return default_bundle()
-    return path if (path / ANYGEN_JSON).is_file() else None
+    folder = bundle_folder(path)
+    return folder if (folder / ANYGEN_JSON).is_file() else None
 
 
 def as_run(bundle: Path, root: Path) -> Path:

@@ -263,7 +263,10 @@ def _num_bytes(path: Path) -> int:
 
 def _recipes_in(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder of recipes; `anygen recipes ls` lists those that come with anygen")
+        raise ConfigError(
+            f"{folder} is not a folder of recipes here: copy one that comes with anygen, "
+            "anygen recipes cp FAMILY MINE (anygen recipes ls lists them)"
+        )
     recipes: dict[str, Path] = {}
     for path in sorted(folder.glob("*.yaml")):
         name = read_yaml(path).get("stage")

@@ -118,7 +118,7 @@ def test_provenance_names_the_decoder(drawing: AnyGen, tmp_path: Path) -> None:
 
 
 def test_inspect_lists_the_decoders(drawing_folder: Path) -> None:
-    assert inspect_path(drawing_folder)["decoders"] == {"image": ["codes", "vokens"]}
+    assert inspect_path(drawing_folder)["diffusion decoders"] == {"image": ["codes", "vokens"]}
 
 
 @pytest.mark.parametrize(
