@@ -4,7 +4,8 @@
 
 Asks "how many" and "where" of scenes that stage `data` makes from `--seed` (of its training split) and of scenes from
 another seed, and prints the share of right counts and the mean IoU of boxes, with 95 % intervals: also apart for scenes
-of one kind of thing and of two, where the name decides, and what the wrong answers are.
+of one kind of thing and of two, where the name decides, and what the wrong answers are. And how many of the things that
+scenes are made of are drawn by themselves, nearest of all real emoji to the right one, when asked for as `a red apple`.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from typing import Literal
 import numpy as np
 
 import anygen
+from anygen.data.emoji_names import with_article
 from anygen.data.emoji_pictures import EmojiFont
 from anygen.data.scenes import NUMBER_WORDS, Scene, is_countable, make_scene
+from anygen.evaluation.emoji import RealEmoji
 from anygen.evaluation.fidelity import mean_of
 from anygen.evaluation.scores import proportion
 from anygen.evaluation.suite.scene_judges import iou
+from anygen.request import Request
 
 NEW_SEED = 1_000_003
 Via = Literal["text", "nothing"] | None
@@ -35,7 +39,7 @@ def scenes_of(seed: int, count: int) -> list[Scene]:
     return [make_scene(things, font, side_px=64, generator=np.random.default_rng([seed, n])) for n in numbers]
 
 
-def counts(model: anygen.AnyGen, scenes: list[Scene], via: Via) -> dict[str, list[bool]]:
+def ask_counts(model: anygen.AnyGen, scenes: list[Scene], via: Via) -> dict[str, list[bool]]:
     """Of what is asked first of each scene, how many: right where the thing is alone, right beside another kind.
 
     And, of wrong answers beside another kind, those that are the number of all things.
@@ -51,7 +55,7 @@ def counts(model: anygen.AnyGen, scenes: list[Scene], via: Via) -> dict[str, lis
     return found
 
 
-def boxes(model: anygen.AnyGen, scenes: list[Scene], via: Via) -> dict[str, list[float]]:
+def ask_boxes(model: anygen.AnyGen, scenes: list[Scene], via: Via) -> dict[str, list[float]]:
     """IoU of the box of one thing of each scene, where one such stands, alone and beside another kind.
 
     And, of boxes that miss it beside another kind (IoU below a half), those that fit something else.
@@ -71,6 +75,16 @@ def boxes(model: anygen.AnyGen, scenes: list[Scene], via: Via) -> dict[str, list
     return found
 
 
+def draw_things(model: anygen.AnyGen) -> list[bool]:
+    """Of each thing that scenes are made of, asked for by itself, whether the nearest real emoji is the right one."""
+    real = RealEmoji(side_px=64)
+    things = [number for number, emoji in enumerate(real.emoji) if is_countable(emoji)]
+    names = [with_article(real.emoji[number].parts.subject) for number in things]
+    outputs = model.generate_batch([Request(text=name, output="image", seed=0) for name in names])
+    found = real.nearest_by_pixels([output.image for output in outputs])
+    return [near == real.classes[number] for near, number in zip(found, things, strict=True)]
+
+
 def _kind_of(scene: Scene) -> str:
     return ALONE if len({placed.name for placed in scene.objects}) == 1 else BESIDE
 
@@ -84,10 +98,15 @@ def main() -> None:
     parser.add_argument("--via", choices=("text", "nothing"), help="by way of a listing or not; as the bundle has it")
     options = parser.parse_args()
     model = anygen.AnyGen.from_pretrained(options.model)
+    share = proportion(draw_things(model))
+    print(
+        f"things drawn by themselves: {share.value:.1%} ({share.low:.1%} to {share.high:.1%}) of {share.count}",
+        flush=True,
+    )
     for name, seed in (("scenes of its training", options.seed), ("new scenes", NEW_SEED)):
         scenes = scenes_of(seed, options.scenes)
         print(name)
-        asked, fits = counts(model, scenes, options.via), boxes(model, scenes, options.via)
+        asked, fits = ask_counts(model, scenes, options.via), ask_boxes(model, scenes, options.via)
         asked = {"of all": asked[ALONE] + asked[BESIDE], **asked}
         fits = {"of all": fits[ALONE] + fits[BESIDE], **fits}
         for group, right in asked.items():
