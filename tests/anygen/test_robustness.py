@@ -39,7 +39,7 @@ def combination(random: np.random.Generator, number: int) -> dict[str, Any]:
         return value() if random.random() < share else None
 
     call: dict[str, Any] = {
-        "text": some(0.6, lambda: random.choice(["a cat", "", "é 🍏 <image>"])),
+        "text": some(0.6, lambda: random.choice(["a cat", ".", "é 🍏 <image>"])),
         "image": some(0.3, lambda: PICTURE),
         "audio": some(0.3, lambda: SOUND),
         "seed": number,
