@@ -153,6 +153,21 @@ def test_text_never_contains_the_unknown_piece_or_any_other_range() -> None:
     assert walk.allowed == ((1, 300), (end, end + 1))
 
 
+@pytest.mark.parametrize("written", [1, 4, 7])
+def test_a_text_before_the_answer_neither_gives_to_its_budget_nor_takes_from_it(written: int) -> None:
+    plan = Plan((Block("text", ids_apart=9), Block("text")))
+    walk, letter = GRAMMAR.start(plan, 6), VOCABULARY.text_ids[0][0]
+    begin, end = VOCABULARY.control("text"), VOCABULARY.control("/text")
+    for id in (begin, *[letter] * written, end, begin, *[letter] * 3):
+        walk.push(id)
+    assert walk.allowed == ((end, end + 1),), "6 ids: begin, three letters, end and the end of all"
+    assert GRAMMAR.smallest_budget(plan) == 4 and walk.budget == 15
+    full = GRAMMAR.start(plan, 6)
+    for id in (begin, *[letter] * 7):
+        full.push(id)
+    assert full.allowed == ((end, end + 1),), "9 ids of its own: begin, seven letters and end"
+
+
 def test_prompts_are_never_part_of_the_walk() -> None:
     prompt = SEQUENCER.prompt(Document((), "depict"))
     assert prompt.tolist() == [VOCABULARY.control(n) for n in ("bos", "depict", "target")]

@@ -100,7 +100,7 @@ def test_a_question_is_answered_by_way_of_a_text(model: AnyGen, short: int, chan
     assert sample.ids[: short - 1] == stated.ids[: short - 1], "it is the same chain, up to where the first ends"
 
 
-def test_what_is_written_first_takes_nothing_of_the_budget_and_leaves_nothing_to_it(model: AnyGen, short: int) -> None:
+def test_what_is_written_first_takes_nothing_of_the_budget(model: AnyGen, short: int) -> None:
     call: dict[str, Any] = {"image": PICTURE, "text": "where?", "output": "text", "via": "text", "num_samples": 8}
     samples = model.generate(**call, max_new_tokens=6, temperature=2.0).samples
     texts = [model.sequencer.parse(np.array([model.bundle.vocabulary.control("target"), *s.ids])) for s in samples]
