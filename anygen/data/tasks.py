@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, get_args
 
 import numpy as np
@@ -201,7 +202,8 @@ class DocumentStream:
         drop_share: share of examples whose inputs are dropped (classifier-free guidance).
         free_share: share of examples without a task: what follows is for the model to decide (`output="any"`).
         seed: of every choice.
-        rare_repeats: how often an epoch holds a record with a word of its own; see `anygen.data.rarity`.
+        rare_repeats: direction to how often its epoch holds a record with a word of its own, 1 where not named; see
+            `anygen.data.rarity`.
         own_voices: what is said to a text, picture or question is in one of these, where the record has it in one.
         shards_per_block: shards that a direction goes through at a time; 0 shuffles all records.
         lookahead: how many examples ahead the store is told what will be needed; 0 tells it nothing.
@@ -216,7 +218,7 @@ class DocumentStream:
         drop_share: float,
         free_share: float,
         seed: int,
-        rare_repeats: float = 1.0,
+        rare_repeats: Mapping[str, float] = MappingProxyType({}),
         own_voices: tuple[str, ...] = (),
         shards_per_block: int = 0,
         lookahead: int = 0,
@@ -225,11 +227,14 @@ class DocumentStream:
         self._drop_share, self._free_share, self._lookahead = drop_share, free_share, lookahead
         self._own_voices = own_voices
         self._directions = {text: Direction.parse(text) for text in weights}
-        wanted = {text: (direction.kind, direction.needs) for text, direction in self._directions.items()}
-        found = {want: store.numbers(*want) for want in set(wanted.values())}  # directions that want the same share it
-        if rare_repeats > 1:
-            repeats_N = repeats_by_rarity([store[number] for number in range(len(store))], rare_repeats)
-            found = {want: np.repeat(numbers, repeats_N[numbers]) for want, numbers in found.items()}
+        wanted = {text: (d.kind, d.needs, rare_repeats.get(text, 1.0)) for text, d in self._directions.items()}
+        found = {want: store.numbers(*want[:2]) for want in set(wanted.values())}  # what is wanted alike is shared
+        if rarest := {most for *_, most in found if most > 1}:
+            records = [store[number] for number in range(len(store))]
+            repeats_N = {most: repeats_by_rarity(records, most) for most in rarest} | {
+                1.0: np.ones(len(store), np.int64)
+            }
+            found = {want: np.repeat(numbers, repeats_N[want[2]][numbers]) for want, numbers in found.items()}
         self._eligible = {text: found[want] for text, want in wanted.items()}
         shards = {t: np.diff(np.searchsorted(items, store.starts)).tolist() for t, items in self._eligible.items()}
         self._mixture = Mixture(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import nn
 
 from anygen.data.code_noise import with_noise
@@ -44,6 +44,7 @@ from tokenizers_mm.codes import Modality
 from tokenizers_mm.regions import RegionTokenizer
 
 VALIDATION_EXAMPLES = 400
+_Repeats = Annotated[float, Field(ge=1)]
 
 
 class PretrainConfig(StageConfig):
@@ -63,9 +64,9 @@ class PretrainConfig(StageConfig):
     """Ids kept for a voken decoder."""
     mixture: dict[str, float]
     """Direction to weight; see `anygen.data.tasks`."""
-    rare_repeats: float = Field(1.0, ge=1, exclude_if=lambda most: most == 1)
-    """How often an epoch holds a record with a word of its own, for which all are read at the start; see
-    `anygen.data.rarity`."""
+    rare_repeats: _Repeats | dict[str, _Repeats] = Field(1.0, exclude_if=lambda most: most == 1)
+    """How often an epoch of every direction, or of those named (`{"audio>text": 3}`), holds a record with a word of its
+    own, for which all are read at the start; see `anygen.data.rarity`."""
     own_voices: tuple[str, ...] = Field((), exclude_if=lambda voices: not voices)
     """The voices in which it learns to speak (`("slt",)`): a model of few voices needs less to say words well. It hears
     all. Records that none of these speaks, and `audio>audio`, keep theirs. Empty: it speaks in all."""
@@ -97,12 +98,18 @@ class PretrainConfig(StageConfig):
     """Coded shards from elsewhere; None for those of the run's stage tokenize."""
     loop: LoopConfig
 
-    @field_validator("mixture")
-    @classmethod
-    def _directions(cls, mixture: dict[str, float]) -> dict[str, float]:
-        for direction in mixture:  # a misspelt one is told before hours of tokenizer training
+    @model_validator(mode="after")
+    def _directions(self) -> PretrainConfig:
+        for direction in self.mixture:  # a misspelt one is told before hours of tokenizer training
             Direction.parse(direction)
-        return mixture
+        if unknown := self.repeats.keys() - self.mixture.keys():
+            raise ValueError(f"rare_repeats: {', '.join(sorted(unknown))} is no direction of mixture")
+        return self
+
+    @property
+    def repeats(self) -> dict[str, float]:
+        """`rare_repeats` by direction."""
+        return most if isinstance(most := self.rare_repeats, dict) else dict.fromkeys(self.mixture, most)
 
     @model_serializer(mode="wrap")
     def _recorded(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -215,7 +222,6 @@ class _Pretraining:
     @staticmethod
     def _open(config: PretrainConfig, tokenizers: Tokenizers, facts: dict[str, Any], split: str) -> DocumentStream:
         store = CodedStore(places_of(config.shards, config.root, split), facts=facts)
-        seed = seed_of(config.loop.seed, split)
         shares = (config.drop_share, config.free_share) if split == "train" else (0.0, 0.0)
         return DocumentStream(
             store,
@@ -223,9 +229,9 @@ class _Pretraining:
             tokenizers,
             drop_share=shares[0],
             free_share=shares[1],
-            seed=seed,
+            seed=seed_of(config.loop.seed, split),
             own_voices=config.own_voices,
-            rare_repeats=config.rare_repeats if split == "train" else 1.0,
+            rare_repeats=config.repeats if split == "train" else {},
             shards_per_block=config.shards.shards_per_block if config.shards else 0,
             lookahead=LOOKAHEAD if config.shards else 0,
         )

@@ -57,17 +57,35 @@ def test_an_epoch_of_the_stream_holds_each_as_often_as_it_is_to_come(
     store = CodedStore([tmp_path / "s0", tmp_path / "s1"], facts={})
     stream = DocumentStream(
         store, {"emoji:text>text": 1}, {"text": text_tokenizer}, drop_share=0, free_share=0, seed=0,
-        rare_repeats=3, shards_per_block=block,
+        rare_repeats={"emoji:text>text": 3}, shards_per_block=block,
     )  # fmt: skip
     keys = Counter(store[stream._record_of(stream._mixture(number))].key for number in range(2 * 17))
     assert [keys[record.key] for record in RECORDS[:6]] == [6, 6, 6, 6, 4, 6]
     assert not any(keys[record.key] for record in RECORDS[6:])
 
 
+def test_each_direction_has_its_own(tmp_path: Path, text_tokenizer: TextTokenizer) -> None:
+    write_coded_shard(tmp_path / "s0", RECORDS, facts={})
+    store = CodedStore([tmp_path / "s0"], facts={})
+    stream = DocumentStream(
+        store, {"emoji:text>text": 1, "text>text": 1, "scene:text>text": 1}, {"text": text_tokenizer}, drop_share=0,
+        free_share=0, seed=0, rare_repeats={"emoji:text>text": 3, "scene:text>text": 2},
+    )  # fmt: skip
+    epochs = {text: Counter(numbers.tolist()) for text, numbers in stream._eligible.items()}
+    assert [epochs["emoji:text>text"][number] for number in range(10)] == [3, 3, 3, 3, 2, 3, 0, 0, 0, 0]
+    assert [epochs["text>text"][number] for number in range(10)] == [1] * 10, "not named: as the store has them"
+    assert [epochs["scene:text>text"][number] for number in range(10)] == [0] * 6 + [2] * 4
+
+
 def test_the_recipe_refuses_what_would_leave_records_out() -> None:
     values = {"mixture": {"text>text": 1}, "loop": {"steps": 1}, "rare_repeats": 0.5}
     with pytest.raises(ConfigError, match="rare_repeats"):
         build(PretrainConfig, values, source="test")
+    with pytest.raises(ConfigError, match="rare_repeats"):
+        build(PretrainConfig, values | {"rare_repeats": {"text>text": 0.5}}, source="test")
+    with pytest.raises(ConfigError, match="text>image is no direction of mixture"):
+        build(PretrainConfig, values | {"rare_repeats": {"text>text": 2, "text>image": 2}}, source="test")
+    assert build(PretrainConfig, values | {"rare_repeats": {"text>text": 2}}, source="test").repeats == {"text>text": 2}
     recipe = build(PretrainConfig, values | {"rare_repeats": 1}, source="test")
     assert "rare_repeats" not in recipe.model_dump(), "recipes of before stay what they were"
 
@@ -79,4 +97,4 @@ def test_the_recipe_counts_in_training_alone(monkeypatch: pytest.MonkeyPatch) ->
     values = {"mixture": {"text>text": 1}, "loop": {"steps": 1}, "rare_repeats": 3}
     for split in ("train", "validation"):
         pretrain._Pretraining._open(build(PretrainConfig, values, source="test"), {}, {}, split)
-    assert asked == [3, 1]
+    assert asked == [{"text>text": 3}, {}]
