@@ -138,6 +138,9 @@ class Request:
         self._check_edit()
         if self.via == "text" and (self.edited is not None or self.outputs[0] == "any"):
             raise InputError(f"via='text' writes a text before what was asked for: not edits, nor {self.outputs}")
+        made = "" if self.task in (None, "answer") else _TASK_OUTPUT.get(self.task, "")  # answers may be spoken
+        if made and self.outputs[0] not in (made, "any"):
+            raise InputError(f"task {self.task!r} gives {made} first; got output {self.outputs}: leave one of them out")
         self.options({})
 
     def _take_integer(self, name: str, low: int, high: int) -> None:

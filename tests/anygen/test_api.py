@@ -98,6 +98,10 @@ def test_task_alone_says_what_to_generate(model: AnyGen) -> None:
         ({"output": "image", "max_new_tokens": 5}, "too small"),
         ({"output": "text", "temperature": -1}, "temperature"),
         ({"output": "text", "task": "sing"}, "unknown task"),
+        (
+            {"output": ("image", "text"), "task": "caption"},
+            "task 'caption' gives text first; got output .'image', 'text'.",
+        ),
         ({"output": "image", "size": 15}, "multiples of 8"),
         ({"output": "image", "size": (16,)}, "size must be a side"),
         ({"output": "image", "size": 8 * 7}, "cannot give image"),

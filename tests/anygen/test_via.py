@@ -87,7 +87,7 @@ def test_the_bundle_says_where_it_helps_and_the_caller_has_the_last_word(
         ({}, "caption"),
         ({"task": "answer"}, "caption"),
         ({"output": "region"}, "caption"),
-        ({"task": "depict"}, "depict"),
+        ({"task": "transcribe"}, "transcribe"),
     ],
 )
 def test_a_question_is_answered_by_way_of_a_text(model: AnyGen, short: int, changes: dict[str, Any], task: str) -> None:
