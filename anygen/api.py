@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,19 +19,18 @@ import torch
 from anygen._version import __version__
 from anygen.bundle import Bundle, load_bundle
 from anygen.documents import Document, Segment
-from anygen.drawing import Drawer, noise_seed
-from anygen.editing import edit_of, infills
+from anygen.drawing import Drawer
 from anygen.errors import InputError
-from anygen.grammar import Grammar, Plan
-from anygen.planning import plan_of, via_of
+from anygen.grammar import Grammar
 from anygen.ranking import best_of, check_ranked
 from anygen.request import Request
 from anygen.results import Event, Finished, Output, Sample
 from anygen.sampling.engine import Engine
 from anygen.sampling.sampler import SampleState, sample
 from anygen.sequence import Sequencer
+from anygen.starting import Starter
 from anygen.streaming import Tracker
-from tokenizers_mm.codes import Codes, Modality
+from tokenizers_mm.codes import Codes
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -107,7 +106,7 @@ class AnyGen:
         for request in requests:
             if not isinstance(request, Request):
                 raise InputError(f"generate_batch takes a list of Request; got {type(request).__name__} in it")
-        states = [self._states(request) for request in requests]
+        states = self._answering(requests, [self._states(request) for request in requests])
         for _ in sample(self.engine, [state for group in states for state in group]):
             pass
         kept = [
@@ -150,12 +149,18 @@ class AnyGen:
 
     def stream_request(self, request: Request) -> Iterator[Event | Finished]:
         """`stream` of a request that is there already."""
-        states = self._states(request)
-        return self._events(request, states, self._trackers(request, states))
+        return self._streamed(request, self._states_to_watch(request))
 
-    def _trackers(self, request: Request, states: list[SampleState]) -> list[Tracker]:
+    def _streamed(self, request: Request, states: list[SampleState]) -> Iterator[Event | Finished]:
+        (states,) = self._answering([request], [states])
+        yield from self._events(request, states, self._trackers(request, states))
+
+    def _states_to_watch(self, request: Request) -> list[SampleState]:
         if request.best_of > 1:
             raise InputError("best_of chooses among whole answers: it cannot be streamed or watched by on_event")
+        return self._states(request)
+
+    def _trackers(self, request: Request, states: list[SampleState]) -> list[Tracker]:
         return [
             Tracker(
                 index,
@@ -177,7 +182,7 @@ class AnyGen:
         yield Finished(self._output(request, states, trackers))
 
     def _watched(self, request: Request, on_event: Callable[[Event | Finished], Any]) -> Output:
-        states = self._states(request)
+        (states,) = self._answering([request], [self._states_to_watch(request)])
         trackers = self._trackers(request, states)
         for event in self._events(request, states, trackers):
             if on_event(event) is False or isinstance(event, Finished):
@@ -188,66 +193,25 @@ class AnyGen:
         pairs = zip(states, trackers, strict=True)
         return Output(tuple(self._sample(request, state, tracker.so_far) for state, tracker in pairs))
 
+    @property
+    def _starter(self) -> Starter:
+        return Starter(self.bundle, self.sequencer, self.grammar, self.engine.max_positions)
+
     def _states(self, request: Request) -> list[SampleState]:
         self._drawer(request).check()
         if request.best_of > 1:
             check_ranked(request)
-        tokenizers = self.bundle.tokenizers
-        for segment in request.inputs:
-            if segment.modality not in tokenizers:
-                raise InputError(
-                    f"this model takes no {segment.modality} input; it takes {', '.join(sorted(tokenizers))}"
-                )
-        edit, via = edit_of(request, self.bundle), via_of(request, self.bundle.via)
-        if edit is not None:
-            document = edit.document(
-                self.bundle.vocabulary, request.task or ("infill" if infills(self.bundle) else None)
-            )
-        else:
-            document = request.document(via)
-        document = document.encode(tokenizers)
-        prompt = self.sequencer.prompt(document)
-        room = self.engine.max_positions - len(prompt)
-        plan = self._plan(request, via, room) if edit is None else Plan((edit.block(self.sequencer),))
-        dropped = self.sequencer.prompt(document, drop_inputs=True) if document.segments else None
-        self.grammar.check(plan)
-        needed = self.grammar.smallest_budget(plan) + plan.ids_apart
-        if room < needed:
-            raise InputError(
-                f"the input takes {len(prompt)} of this model's {self.engine.max_positions} positions and the answer "
-                f"at least {needed}: shorten the input, or ask for less"
-            )
-        budget = request.max_new_tokens or min(self.grammar.usual_budget(plan), room - plan.ids_apart)
-        options = request.options(self.bundle.defaults)
-        return [
-            SampleState(
-                prompt,
-                dropped,
-                self.grammar.start(plan, budget),
-                options,
-                generator,
-                seed=seed,
-                window=request.speculative_window,
-                edit=edit,
-                noise_seed=noise_seed(generator, seed, place),
-            )
-            for place, (generator, seed) in enumerate(request.generators())
-        ]
+        return self._starter.states(request)
+
+    def _answering(self, requests: Sequence[Request], states: list[list[SampleState]]) -> list[list[SampleState]]:
+        """The states of the answers, where texts are answered by themselves after these are written, in one batch."""
+        texts = [group for request, group in zip(requests, states, strict=True) if self._starter.answers_text(request)]
+        for _ in sample(self.engine, [state for group in texts for state in group]):
+            pass
+        return [self._starter.answering(request, group) for request, group in zip(requests, states, strict=True)]
 
     def _drawer(self, request: Request) -> Drawer:
         return Drawer(self.bundle, request.decoder, request.num_inference_steps)
-
-    def _plan(self, request: Request, via: Modality | None, room: int) -> Plan:
-        tokenizers = self.bundle.tokenizers
-        return plan_of(
-            request,
-            self.bundle.layout,
-            self.bundle.vocabulary.modalities,
-            patch_px=tokenizers["image"].config.patch_px if "image" in tokenizers else 1,  # type: ignore[attr-defined]
-            frame_rate_hz=(tokenizers["audio"].rate_hz if "audio" in tokenizers else None) or 1.0,
-            via=via,
-            room=room,
-        )
 
     def _answer(self, request: Request, state: SampleState) -> tuple[Segment, ...]:
         """Everything a sample holds, decoded."""
@@ -267,6 +231,10 @@ class AnyGen:
         return drawer.decode(document, vokens=state.vokens[place:], noise_seed=state.noise_seed, place=place)
 
     def _sample(self, request: Request, state: SampleState, segments: tuple[Segment, ...]) -> Sample:
+        num_via, ids = state.walk.plan.num_via, tuple(state.ids)
+        if (earlier := state.earlier) is not None:
+            text = self._answer(request, earlier)
+            num_via, segments, ids = len(text), (*text, *segments), (*earlier.ids, *ids)
         provenance = {
             "anygen": __version__,
             "torch": str(torch.__version__),
@@ -276,12 +244,12 @@ class AnyGen:
         }
         ended: Literal["eos", "length"] = "length" if state.walk.is_cut else "eos"
         return Sample(
-            segments[state.walk.plan.num_via :],
+            segments[num_via:],
             state.seed,
             ended if state.walk.done else "stopped",
-            tuple(state.ids),
+            ids,
             provenance,
-            segments[: state.walk.plan.num_via],
+            segments[:num_via],
         )
 
     def decode(self, codes: Codes) -> Any:

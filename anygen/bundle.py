@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -24,6 +24,7 @@ from anygen.documents import Tokenizers
 from anygen.errors import CheckpointError, InputError
 from anygen.files import MANIFEST, publishing, read_json, verify, write_json
 from anygen.layout import Layout
+from anygen.plan import Way
 from anygen.sampling.choose import SamplingOptions
 from anygen.vocabulary import Vocabulary
 from decoders.carried import carried, open_renderer
@@ -55,7 +56,7 @@ class Bundle:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     renderers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """The diffusion decoders it carries: name (`image`) to what drives them (`codes`, `vokens`)."""
-    via: Mapping[str, Modality] = field(default_factory=dict)
+    via: Mapping[str, Way] = field(default_factory=dict)
     """Direction (`audio>image`) to what it writes before its answer, where nothing else is asked for."""
     _opened: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -173,10 +174,11 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
     return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, carried(path / "decoders"), via)
 
 
-def _via(facts: Mapping[str, Any]) -> dict[str, Modality]:
-    if any(text != "text" or ">" not in way or way.endswith(">any") for way, text in facts.items()):
-        raise ValueError(f"via holds directions, to any but 'any', each with 'text'; got {dict(facts)!r}")
-    return {str(direction): "text" for direction in facts}
+def _via(facts: Mapping[str, Any]) -> dict[str, Way]:
+    ways = get_args(Way)
+    if any(way not in ways or ">" not in text or text.endswith(">any") for text, way in facts.items()):
+        raise ValueError(f"via holds directions, to any but 'any', each with one of {ways}; got {dict(facts)!r}")
+    return dict(facts)
 
 
 def _usable(device: str) -> torch.device:

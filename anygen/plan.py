@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from anygen.sequence import BlockName
 from tokenizers_mm.codes import Modality
+
+Way = Literal["text", "text_only"]
+"""How a text comes before an answer: in one sequence with it, or as all that the answer reads."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from anygen.errors import InputError
 from anygen.inputs import check_duration, sides_of
 from anygen.layout import Layout
-from anygen.plan import Block, Plan
+from anygen.plan import Block, Plan, Way
 from anygen.request import Request
 from anygen.vocabulary import NUM_NUMBERS
 from tokenizers_mm.codes import MODALITIES, Modality
@@ -15,14 +15,19 @@ from tokenizers_mm.codes import MODALITIES, Modality
 _VIA_IDS, _SHORTEST = 256, 3
 
 
-def via_of(request: Request, usual: Mapping[str, Modality]) -> Modality | None:
+def way_of(request: Request, usual: Mapping[str, Way]) -> Way | None:
     """What is written before the answer: as asked, else what is usual for this direction (`audio>image`)."""
     if request.via is not None:
-        return "text" if request.via == "text" else None
+        return None if request.via == "nothing" else request.via
     if request.own_task is not None or request.edited is not None or request.outputs == ("any",):
         return None
     inputs = ",".join(segment.modality for segment in request.inputs)
     return usual.get(f"{inputs}>{','.join(request.outputs)}")
+
+
+def ids_of_via(room: int) -> int:
+    """How many ids a text before the answer may take, of those that fit behind the inputs."""
+    return max(_SHORTEST, min(_VIA_IDS, room // 4))
 
 
 def plan_of(
@@ -53,7 +58,7 @@ def plan_of(
         kinds = [m for m in MODALITIES if m in modalities and m != "region"]
         drawn = {"image": _drawn(request, layout, patch_px)} if request.decoder != "codes" else {}
         return Plan(tuple(drawn.get(m, Block(m)) for m in kinds), free=True)
-    blocks = [] if via is None else [Block(via, ids_apart=max(_SHORTEST, min(_VIA_IDS, room // 4)))]
+    blocks = [] if via is None else [Block(via, ids_apart=ids_of_via(room))]
     for name in request.outputs:
         shape: tuple[int, ...] | None = None
         if name == "image" and request.decoder != "codes":

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from anygen.bundle import Bundle
-from anygen.documents import Document, default_task
+from anygen.documents import Document, Segment, default_task
 from anygen.errors import InputError
 from anygen.request import Request
 from anygen.sampling.likelihood import answer_nats
@@ -51,6 +51,11 @@ def best_of(bundle: Bundle, sequencer: Sequencer, states: Sequence[SampleState],
 
 def _backwards(sequencer: Sequencer, state: SampleState) -> Document:
     """Its answer as the input, and its input as the answer."""
-    given, *_, answer = sequencer.parse(np.concatenate([state.prompt, state.ids])).document.segments
+    *_, answer = _segments(sequencer, state)
+    given, *_ = _segments(sequencer, state.earlier or state)
     task = default_task((answer.modality,), given.modality)
     return Document((replace(answer, target=False), replace(given, target=True)), task)
+
+
+def _segments(sequencer: Sequencer, state: SampleState) -> tuple[Segment, ...]:
+    return sequencer.parse(np.concatenate([state.prompt, state.ids])).document.segments

@@ -28,6 +28,7 @@ from anygen.inputs import (
     segment_of,
     sides_of,
 )
+from anygen.plan import Way
 from anygen.sampling.choose import OPTION_NAMES, TEXT_ONLY, SamplingOptions
 from anygen.vocabulary import TASKS
 from tokenizers_mm.codes import MODALITIES, Modality
@@ -104,9 +105,10 @@ class Request:
     """What draws pictures; diffusion decoders come with bundles that carry them, and need `anygen[diffusion]`."""
     num_inference_steps: int | None = None
     """Steps of a diffusion decoder, 4 by default; more than 100 are refused."""
-    via: Literal["text", "nothing"] | None = None
+    via: Way | Literal["nothing"] | None = None
     """`text` writes what it hears or sees before it answers, and keeps that out of the answer (chain of modality,
-    SpeechGPT, arXiv 2305.11000); by default the bundle knows where that helps."""
+    SpeechGPT, arXiv 2305.11000); `text_only` answers that text as if it alone had been given, with the same seed. By
+    default the bundle knows where that helps."""
 
     def __post_init__(self) -> None:
         if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):
@@ -126,7 +128,7 @@ class Request:
             check_name("task", self.task, TASKS)
         check_name("decoder", self.decoder, ("codes", "diffusion", "voken"))
         if self.via is not None:
-            check_name("via", self.via, ("text", "nothing"))
+            check_name("via", self.via, (*get_args(Way), "nothing"))
         if self.size is not None:
             sides_of(self.size)
         if self.duration_s is not None:
@@ -136,8 +138,8 @@ class Request:
                 raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")
             self._take_integer("num_inference_steps", 1, 100)
         self._check_edit()
-        if self.via == "text" and (self.edited is not None or self.outputs[0] == "any"):
-            raise InputError(f"via='text' writes a text before what was asked for: not edits, nor {self.outputs}")
+        if self.via in get_args(Way) and (self.edited is not None or self.outputs[0] == "any"):
+            raise InputError(f"via={self.via!r} writes a text before what was asked for: not edits, nor {self.outputs}")
         made = "" if self.task in (None, "answer") else _TASK_OUTPUT.get(self.task, "")  # answers may be spoken
         if made and self.outputs[0] not in (made, "any"):
             raise InputError(f"task {self.task!r} gives {made} first; got output {self.outputs}: leave one of them out")

@@ -49,7 +49,8 @@ def generate(
     decoder: Annotated[str, typer.Option(help="What draws pictures: codes, diffusion or voken.")] = "codes",
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps of a diffusion decoder.")] = None,
     via: Annotated[
-        str | None, typer.Option(help="text: write what is heard or seen before answering; nothing: do not.")
+        str | None,
+        typer.Option(help="text: write what is heard or seen first; text_only: answer that alone; nothing."),
     ] = None,
     speculative_window: Annotated[
         int | None, typer.Option(help="Codes that one pass may add; 1 is plain. The answers are the same.")

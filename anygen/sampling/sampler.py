@@ -60,6 +60,8 @@ class SampleState:
     fastest. The ids are the same."""
     edit: Any = None
     """What is edited, for whoever decodes the answer (`anygen.editing`)."""
+    earlier: SampleState | None = None
+    """The finished sample whose text this one answers (`Request.via`)."""
     vokens: list[Tensor] = field(default_factory=list)
     """Hidden states at the vokens of each voken block, N x width, in order."""
 

@@ -14,6 +14,7 @@ from anygen.bundle import save_bundle
 from anygen.config import Config
 from anygen.files import read_json
 from anygen.model.causal import num_parameters
+from anygen.plan import Way
 from anygen.sampling.choose import SamplingOptions
 from anygen.stages.base import StageConfig, StageResult
 from anygen.stages.pretrain import load_pretrained, open_tokenizers
@@ -38,7 +39,7 @@ class BundleConfig(StageConfig):
     """Name in provenance and on the model card."""
     defaults: dict[Literal["text", "image", "audio", "region", "control"], OptionsConfig] = {}
     """Sampling options by modality of the id that is drawn."""
-    via: dict[str, Literal["text"]] = Field({}, exclude_if=lambda via: not via)
+    via: dict[str, Way] = Field({}, exclude_if=lambda via: not via)
     """Direction (`"audio>image": text`) to what is written before the answer and kept out of it."""
     notes: str = ""
     """Paragraph for the model card: data, licences, limits."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_bundle import edit, resealed
 from typer.testing import CliRunner
@@ -110,20 +111,68 @@ def test_what_is_written_first_takes_nothing_of_the_budget(model: AnyGen, short:
         model.generate(**call, max_new_tokens=3)
 
 
-def test_streams_tell_of_the_answer_alone(chained: AnyGen) -> None:
+@pytest.mark.parametrize("output", ["image", ("audio", "image"), "text"])
+def test_text_only_is_two_calls(model: AnyGen, short: int, output: Any) -> None:
+    call: dict[str, Any] = {"output": output, "temperature": 2.0, "max_new_tokens": 100, "num_samples": 2, "seed": 5}
+    answers = model.generate(**call, audio=SOUND, via="text_only").samples
+    heard = model.generate(**call | {"audio": SOUND, "output": "text", "max_new_tokens": short}).samples
+    for answer, text in zip(answers, heard, strict=True):
+        (alone,) = model.generate(**call | {"text": text.of("text")[0], "seed": text.seed, "num_samples": 1}).samples
+        assert answer.ids == (*text.ids, *alone.ids) and answer.seed == text.seed
+        assert [s.content for s in answer.via] == text.of("text") and kinds(answer) == kinds(alone)
+        for mine, other in zip(answer.segments, alone.segments, strict=True):
+            same = mine.content.samples_T if mine.modality == "audio" else mine.content
+            assert np.array_equal(same, other.content.samples_T if mine.modality == "audio" else other.content)
+
+
+def test_text_only_in_a_batch_with_others_and_with_a_generator(model: AnyGen) -> None:
+    requests = [Request(**CALL, via=via, seed=seed) for seed, via in enumerate(["text_only", "text", "nothing"] * 2)]
+    batch = [output.samples[0] for output in model.generate_batch(requests)]
+    assert [s.ids for s in batch] == [model.generate_batch([r])[0].samples[0].ids for r in requests]
+    assert [len(s.via) for s in batch] == [1, 1, 0] * 2
+    drawn = [model.generate(**CALL, via="text_only", generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert drawn[0].samples[0].ids == drawn[1].samples[0].ids and drawn[0].samples[0].seed is None
+
+
+def test_text_only_takes_the_task_of_the_answer_and_tells_at_once_what_does_not_fit(model: AnyGen) -> None:
+    control, prompts = model.bundle.vocabulary.control, {}
+    for task in (None, "depict", "answer"):
+        request = Request(**CALL, via="text_only", task=task)
+        texts = model._states(request)
+        (answer,) = model._answering([request], [texts])[0]
+        prompts[task] = (texts[0].prompt.tolist(), answer.prompt.tolist())
+    assert len({tuple(first) for first, _ in prompts.values()}) == 1, "what is written first is what was heard"
+    assert control("transcribe") in prompts[None][0] and control("depict") in prompts[None][1]
+    assert prompts["depict"] == prompts[None] and control("answer") in prompts["answer"][1]
+    with pytest.raises(InputError, match="too small"):
+        model.stream(**CALL | {"max_new_tokens": 5}, via="text_only")
+
+
+@pytest.mark.parametrize("way", ["text", "text_only"])
+def test_streams_tell_of_the_answer_alone(chained: AnyGen, way: str) -> None:
+    chained.bundle.via["audio>image"] = way  # type: ignore[index]
     events = list(chained.stream(**CALL))
     assert not any(isinstance(event, TextDelta) for event in events)
     assert [e.segment.modality for e in events if isinstance(e, SegmentFinished)] == ["image"]
     finished = events[-1]
     assert isinstance(finished, Finished)
     (streamed,), (plain,) = finished.output.samples, chained.generate(**CALL).samples
-    assert streamed.ids == plain.ids and streamed.via == plain.via and kinds(streamed) == ("image",)
+    assert (
+        len(plain.via) == 1
+        and streamed.ids == plain.ids
+        and streamed.via == plain.via
+        and kinds(streamed) == ("image",)
+    )
     told: list[str] = []
     stopped = chained.generate(**CALL, on_event=lambda event: told.append(type(event).__name__))
     assert told[0] == "SegmentStarted" and stopped.samples[0].ids == plain.ids
 
 
-def test_the_best_of_several_is_judged_by_the_answer(chained: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["text", "text_only"])
+def test_the_best_of_several_is_judged_by_the_answer(
+    chained: AnyGen, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    chained.bundle.via["audio>image"] = way  # type: ignore[index]
     read: list[tuple[str, ...]] = []
     backwards = ranking._backwards
 
@@ -142,9 +191,16 @@ def test_the_best_of_several_is_judged_by_the_answer(chained: AnyGen, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"audio": SOUND, "output": "image", "via": "image"}, "unknown via 'image'; expected one of text, nothing"),
+        (
+            {"audio": SOUND, "output": "image", "via": "image"},
+            "unknown via 'image'; expected one of text, text_only, nothing",
+        ),
         ({"audio": SOUND, "output": "image", "via": 3}, "unknown via 3"),
         ({"audio": SOUND, "output": "any", "via": "text"}, "before what was asked for"),
+        (
+            {"audio": SOUND, "output": "any", "via": "text_only"},
+            "via='text_only' writes a text before what was asked for",
+        ),
         ({"image": PICTURE, "mask": np.eye(16, dtype=bool), "via": "text"}, "before what was asked for: not edits"),
     ],
 )
@@ -168,9 +224,9 @@ def test_the_command_line_keeps_the_text_beside_the_picture(bundle_folder: Path,
 def test_a_bundle_carries_it(bundle_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "b"
     shutil.copytree(bundle_folder, folder)
-    edit(folder / "anygen.json", lambda facts: facts.update(via={"audio>image": "text"}))
+    edit(folder / "anygen.json", lambda facts: facts.update(via={"audio>image": "text_only"}))
     resealed(folder)
-    assert load_bundle(folder).via == {"audio>image": "text"} and load_bundle(bundle_folder).via == {}
+    assert load_bundle(folder).via == {"audio>image": "text_only"} and load_bundle(bundle_folder).via == {}
     for wrong in ({"audio>image": "image"}, {"audio": "text"}, {"audio>any": "text"}, ["audio>image"], "text"):
         edit(folder / "anygen.json", lambda facts, wrong=wrong: facts.update(via=wrong))
         resealed(folder)
