@@ -231,10 +231,11 @@ class AnyGen:
         return drawer.decode(document, vokens=state.vokens[place:], noise_seed=state.noise_seed, place=place)
 
     def _sample(self, request: Request, state: SampleState, segments: tuple[Segment, ...]) -> Sample:
-        num_via, ids = state.walk.plan.num_via, tuple(state.ids)
+        num_via, ids, is_cut = state.walk.plan.num_via, tuple(state.ids), state.walk.is_cut
         if (earlier := state.earlier) is not None:
             text = self._answer(request, earlier)
             num_via, segments, ids = len(text), (*text, *segments), (*earlier.ids, *ids)
+            is_cut = is_cut or earlier.walk.is_cut
         provenance = {
             "anygen": __version__,
             "torch": str(torch.__version__),
@@ -242,7 +243,7 @@ class AnyGen:
             "vocabulary": self.bundle.vocabulary.fingerprint,
             "request": request.describe(),
         }
-        ended: Literal["eos", "length"] = "length" if state.walk.is_cut else "eos"
+        ended: Literal["eos", "length"] = "length" if is_cut else "eos"
         return Sample(
             segments[num_via:],
             state.seed,

@@ -24,7 +24,7 @@ from anygen.documents import Tokenizers
 from anygen.errors import CheckpointError, InputError
 from anygen.files import MANIFEST, publishing, read_json, verify, write_json
 from anygen.layout import Layout
-from anygen.plan import Way
+from anygen.plan import Way, can_stand_alone
 from anygen.sampling.choose import SamplingOptions
 from anygen.vocabulary import Vocabulary
 from decoders.carried import carried, open_renderer
@@ -164,7 +164,7 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
         layout = Layout.from_json(facts["layout"])
         defaults = {str(name): SamplingOptions(**options) for name, options in facts["defaults"].items()}
         provenance = dict(facts["provenance"])
-        via = _via(facts.get("via", {}))
+        via = checked_via(facts.get("via", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / ANYGEN_JSON} is broken: {type(error).__name__}: {error}") from error
     target = _usable(device)
@@ -174,10 +174,18 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
     return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, carried(path / "decoders"), via)
 
 
-def _via(facts: Mapping[str, Any]) -> dict[str, Way]:
-    ways = get_args(Way)
-    if any(way not in ways or ">" not in text or text.endswith(">any") for text, way in facts.items()):
-        raise ValueError(f"via holds directions, to any but 'any', each with one of {ways}; got {dict(facts)!r}")
+def checked_via(facts: Mapping[str, Any]) -> dict[str, Way]:
+    """What is written before answers, by direction.
+
+    Raises:
+        ValueError: no direction, or one of which a text cannot be written first, or not alone.
+    """
+    for direction, way in facts.items():
+        inputs, _, outputs = direction.partition(">")
+        if way not in get_args(Way) or not outputs or outputs == "any":
+            raise ValueError(f"via holds directions, to any but 'any', each with one of {get_args(Way)}; got {facts!r}")
+        if way == "text_only" and not can_stand_alone(inputs.split(",") if inputs else (), outputs.split(",")):
+            raise ValueError(f"via: a text cannot stand alone in {direction!r}")
     return dict(facts)
 
 

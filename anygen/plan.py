@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,15 @@ from tokenizers_mm.codes import Modality
 
 Way = Literal["text", "text_only"]
 """How a text comes before an answer: in one sequence with it, or as all that the answer reads."""
+
+
+def can_stand_alone(inputs: Sequence[str], outputs: Sequence[str]) -> bool:
+    """True where a text can be all that an answer reads: it tells of a picture or sound, and is not the answer itself.
+
+    >>> can_stand_alone(["audio"], ["image"]), can_stand_alone(["image", "text"], ["text"])
+    (True, False)
+    """
+    return bool(inputs) and "text" not in inputs and outputs[0] not in ("text", "region")
 
 
 @dataclass(frozen=True)

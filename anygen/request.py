@@ -141,7 +141,8 @@ class Request:
         if self.via in get_args(Way) and (self.edited is not None or self.outputs[0] == "any"):
             raise InputError(f"via={self.via!r} writes a text before what was asked for: not edits, nor {self.outputs}")
         made = "" if self.task in (None, "answer") else _TASK_OUTPUT.get(self.task, "")  # answers may be spoken
-        if made and self.outputs[0] not in (made, "any"):
+        first = {self.outputs[0], *(("text",) if self.via == "text" else ())}  # or of what is written first
+        if made and not first & {made, "any"}:
             raise InputError(f"task {self.task!r} gives {made} first; got output {self.outputs}: leave one of them out")
         self.options({})
 
@@ -229,10 +230,11 @@ class Request:
     def own_task(self) -> str | None:
         """The task, where it is another than inputs and output suggest."""
         first = self.outputs[0]
-        return None if first != "any" and self.task == default_task(self._kinds, first) else self.task
+        return None if first != "any" and self.task == default_task(self.kinds, first) else self.task
 
     @property
-    def _kinds(self) -> tuple[Modality, ...]:
+    def kinds(self) -> tuple[Modality, ...]:
+        """Of the inputs, in order."""
         return tuple(segment.modality for segment in self.inputs)
 
     def document(self, via: Modality | None = None) -> Document:
@@ -240,7 +242,7 @@ class Request:
 
         What is written by the way describes the other media: a caption, or what is said.
         """
-        first, kinds = via or self.outputs[0], tuple(kind for kind in self._kinds if kind != via)
+        first, kinds = via or self.outputs[0], tuple(kind for kind in self.kinds if kind != via)
         suggested = None if first == "any" else default_task(kinds, first)
         return Document(self.inputs, self.own_task or suggested)
 

@@ -32,7 +32,7 @@ class Sample:
     """`length` where `max_new_tokens` cut a text short, made a picture or sound smaller, or left no room for more;
     `stopped` where a callback ended it: whole segments, and the text so far."""
     ids: tuple[int, ...] = field(repr=False)
-    """The generated ids, those of `via` first."""
+    """The generated ids, those of `via` first; of a text that was answered alone, an answer of its own with its end."""
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Bundle, prompt, options and versions; JSON-able."""
     via: tuple[Segment, ...] = ()

@@ -14,7 +14,7 @@ from anygen.drawing import noise_seed
 from anygen.editing import edit_of, infills
 from anygen.errors import InputError
 from anygen.grammar import Grammar
-from anygen.plan import Block, Plan, Way
+from anygen.plan import Block, Plan, Way, can_stand_alone
 from anygen.planning import ids_of_via, plan_of, way_of
 from anygen.request import Request
 from anygen.sampling.sampler import SampleState
@@ -54,22 +54,18 @@ class Starter:
         else:
             document = request.document(via)
         if way == "text_only":  # a task of the caller's is that of the answer
-            document = replace(document, task=default_task(tuple(s.modality for s in request.inputs), "text"))
+            document = replace(document, task=default_task(request.kinds, "text"))
         document = document.encode(tokenizers)
         prompt = self._sequencer.prompt(document)
         room = self._max_positions - len(prompt)
-        plan = self._plan(request, via, room) if edit is None else Plan((edit.block(self._sequencer),))
-        self._grammar.check(plan)
-        needed = self._grammar.smallest_budget(plan) + plan.ids_apart
-        if room < needed:
-            raise InputError(
-                f"the input takes {len(prompt)} of this model's {self._max_positions} positions and the answer "
-                f"at least {needed}: shorten the input, or ask for less"
-            )
-        budget = request.max_new_tokens or min(self._grammar.usual_budget(plan), room - plan.ids_apart)
+        wanted = request.max_new_tokens
         if way == "text_only":
-            self._grammar.start(plan, budget)  # an answer that does not fit is told now
-            plan, budget = Plan((Block("text"),)), ids_of_via(room)
+            answer = self._plan(request, None, self._max_positions)
+            self._grammar.start(answer, self._budget(answer, 0, wanted))  # what never fits is told now
+            plan, wanted = Plan((Block("text"),)), ids_of_via(room) + 1  # and its end
+        else:
+            plan = self._plan(request, via, room) if edit is None else Plan((edit.block(self._sequencer),))
+        budget = self._budget(plan, len(prompt), wanted)
         dropped = self._sequencer.prompt(document, drop_inputs=True) if document.segments else None
         options = request.options(self._bundle.defaults)
         return [
@@ -105,7 +101,7 @@ class Starter:
         return SampleState(
             prompt,
             self._sequencer.prompt(document, drop_inputs=True),
-            self._grammar.start(plan, request.max_new_tokens or min(self._grammar.usual_budget(plan), room)),
+            self._grammar.start(plan, min(room, self._budget(plan, len(prompt), request.max_new_tokens))),
             earlier.options,
             generator,
             seed=seed,
@@ -114,8 +110,26 @@ class Starter:
             earlier=earlier,
         )
 
+    def _budget(self, plan: Plan, num_read: int, wanted: int | None) -> int:
+        """How many ids an answer may take behind so many that are read; as many as are wanted, where they are."""
+        self._grammar.check(plan)
+        room = self._max_positions - num_read
+        needed = self._grammar.smallest_budget(plan) + plan.ids_apart
+        if room < needed:
+            raise InputError(
+                f"the input takes {num_read} of this model's {self._max_positions} positions and the answer "
+                f"at least {needed}: shorten the input, or ask for less"
+            )
+        return wanted or min(self._grammar.usual_budget(plan), room - plan.ids_apart)
+
     def _way(self, request: Request) -> Way | None:
-        return way_of(request, self._bundle.via)
+        way = way_of(request, self._bundle.via)
+        if way == "text_only" and not can_stand_alone(request.kinds, request.outputs):
+            raise InputError(
+                "via='text_only' answers a text in place of a picture or sound, with another medium; "
+                f"got {', '.join(request.kinds) or 'no input'} -> {', '.join(request.outputs)}"
+            )
+        return way
 
     def _plan(self, request: Request, via: Modality | None, room: int) -> Plan:
         tokenizers = self._bundle.tokenizers

@@ -19,9 +19,10 @@ from anygen.api import AnyGen
 from anygen.sampling.engine import Engine
 from anygen.sampling.linear import Linear
 from anygen.sampling.sampler import _Sampler
+from anygen.starting import Starter
 
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "encode": ((AnyGen, "_states"),),
+    "encode": ((AnyGen, "_states"), (Starter, "answering")),
     "prefill": ((Engine, "prefill"),),
     "steps: linears": ((Linear, "__call__"), (Linear, "add")),
     "steps: attention": ((Engine, "attend_cached"),),

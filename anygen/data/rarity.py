@@ -8,14 +8,40 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import AfterValidator
 
 from anygen.data.coded import CodedRecord
 
 _WORD = re.compile(r"\w+")
+
+
+def _at_least_once(repeats: float | dict[str, float]) -> float | dict[str, float]:
+    low = [most for most in (repeats.values() if isinstance(repeats, dict) else (repeats,)) if not most >= 1]
+    if low:
+        raise ValueError(f"a record comes at least once an epoch: expected 1 or more; got {low[0]}")
+    return repeats
+
+
+Repeats = Annotated[float | dict[str, float], AfterValidator(_at_least_once)]
+"""In a recipe: how often an epoch holds a record with a word of its own, of every direction or by direction."""
+
+
+def repeats_by_direction(repeats: float | Mapping[str, float], mixture: Iterable[str]) -> dict[str, float]:
+    """Of each direction that is taught; without those that are not named.
+
+    Raises:
+        ValueError: one is named that is not taught.
+    """
+    if not isinstance(repeats, Mapping):
+        return dict.fromkeys(mixture, repeats)
+    if unknown := repeats.keys() - set(mixture):
+        raise ValueError(f"rare_repeats: {', '.join(sorted(unknown))} is no direction of mixture")
+    return dict(repeats)
 
 
 def repeats_by_rarity(records: Sequence[CodedRecord], most: float) -> npt.NDArray[np.int64]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jinja2
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from anygen._version import __version__
-from anygen.bundle import save_bundle
+from anygen.bundle import checked_via, save_bundle
 from anygen.config import Config
 from anygen.files import read_json
 from anygen.model.causal import num_parameters
@@ -39,7 +39,7 @@ class BundleConfig(StageConfig):
     """Name in provenance and on the model card."""
     defaults: dict[Literal["text", "image", "audio", "region", "control"], OptionsConfig] = {}
     """Sampling options by modality of the id that is drawn."""
-    via: dict[str, Way] = Field({}, exclude_if=lambda via: not via)
+    via: Annotated[dict[str, Way], AfterValidator(checked_via)] = Field({}, exclude_if=lambda via: not via)
     """Direction (`"audio>image": text`) to what is written before the answer and kept out of it."""
     notes: str = ""
     """Paragraph for the model card: data, licences, limits."""

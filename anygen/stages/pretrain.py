@@ -10,12 +10,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import nn
 
 from anygen.data.code_noise import with_noise
 from anygen.data.coded import CodedStore
 from anygen.data.loader import PackedLoader, Packing, merge_states
+from anygen.data.rarity import Repeats, repeats_by_direction
 from anygen.data.tasks import Direction, DocumentStream
 from anygen.documents import Tokenizers
 from anygen.errors import ConfigError, DataError
@@ -44,7 +45,6 @@ from tokenizers_mm.codes import Modality
 from tokenizers_mm.regions import RegionTokenizer
 
 VALIDATION_EXAMPLES = 400
-_Repeats = Annotated[float, Field(ge=1)]
 
 
 class PretrainConfig(StageConfig):
@@ -64,7 +64,7 @@ class PretrainConfig(StageConfig):
     """Ids kept for a voken decoder."""
     mixture: dict[str, float]
     """Direction to weight; see `anygen.data.tasks`."""
-    rare_repeats: _Repeats | dict[str, _Repeats] = Field(1.0, exclude_if=lambda most: most == 1)
+    rare_repeats: Repeats = Field(1.0, exclude_if=lambda most: most == 1)
     """How often an epoch of every direction, or of those named (`{"audio>text": 3}`), holds a record with a word of its
     own, for which all are read at the start; see `anygen.data.rarity`."""
     own_voices: tuple[str, ...] = Field((), exclude_if=lambda voices: not voices)
@@ -98,18 +98,17 @@ class PretrainConfig(StageConfig):
     """Coded shards from elsewhere; None for those of the run's stage tokenize."""
     loop: LoopConfig
 
-    @model_validator(mode="after")
-    def _directions(self) -> PretrainConfig:
-        for direction in self.mixture:  # a misspelt one is told before hours of tokenizer training
+    @field_validator("mixture")
+    @classmethod
+    def _directions(cls, mixture: dict[str, float]) -> dict[str, float]:
+        for direction in mixture:  # a misspelt one is told before hours of tokenizer training
             Direction.parse(direction)
-        if unknown := self.repeats.keys() - self.mixture.keys():
-            raise ValueError(f"rare_repeats: {', '.join(sorted(unknown))} is no direction of mixture")
-        return self
+        return mixture
 
-    @property
-    def repeats(self) -> dict[str, float]:
-        """`rare_repeats` by direction."""
-        return most if isinstance(most := self.rare_repeats, dict) else dict.fromkeys(self.mixture, most)
+    @model_validator(mode="after")
+    def _repeats(self) -> PretrainConfig:
+        repeats_by_direction(self.rare_repeats, self.mixture)
+        return self
 
     @model_serializer(mode="wrap")
     def _recorded(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -231,7 +230,7 @@ class _Pretraining:
             free_share=shares[1],
             seed=seed_of(config.loop.seed, split),
             own_voices=config.own_voices,
-            rare_repeats=config.repeats if split == "train" else {},
+            rare_repeats=repeats_by_direction(config.rare_repeats, config.mixture) if split == "train" else {},
             shards_per_block=config.shards.shards_per_block if config.shards else 0,
             lookahead=LOOKAHEAD if config.shards else 0,
         )

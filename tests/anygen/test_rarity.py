@@ -10,7 +10,7 @@ import pytest
 
 from anygen.config import build
 from anygen.data.coded import CodedRecord, CodedStore, CodedUtterance, write_coded_shard
-from anygen.data.rarity import repeats_by_rarity
+from anygen.data.rarity import repeats_by_direction, repeats_by_rarity
 from anygen.data.tasks import DocumentStream
 from anygen.errors import ConfigError
 from anygen.stages import pretrain
@@ -85,7 +85,12 @@ def test_the_recipe_refuses_what_would_leave_records_out() -> None:
         build(PretrainConfig, values | {"rare_repeats": {"text>text": 0.5}}, source="test")
     with pytest.raises(ConfigError, match="text>image is no direction of mixture"):
         build(PretrainConfig, values | {"rare_repeats": {"text>text": 2, "text>image": 2}}, source="test")
-    assert build(PretrainConfig, values | {"rare_repeats": {"text>text": 2}}, source="test").repeats == {"text>text": 2}
+    with pytest.raises(ConfigError) as refused:
+        build(PretrainConfig, values, source="test")
+    assert str(refused.value).count("rare_repeats") == 1, "one mistake, told once"
+    with pytest.raises(ConfigError, match="'mixture': 'text>imag' is not a direction"):
+        build(PretrainConfig, values | {"rare_repeats": 1, "mixture": {"text>imag": 1}}, source="test")
+    assert repeats_by_direction({"a": 2.0}, ["a", "b"]) == {"a": 2}, "the others are as they are"
     recipe = build(PretrainConfig, values | {"rare_repeats": 1}, source="test")
     assert "rare_repeats" not in recipe.model_dump(), "recipes of before stay what they were"
 

@@ -20,7 +20,8 @@ from anygen import planning, ranking
 from anygen.api import AnyGen
 from anygen.bundle import load_bundle
 from anygen.cli.app import app
-from anygen.errors import CheckpointError, InputError
+from anygen.config import build
+from anygen.errors import CheckpointError, ConfigError, InputError
 from anygen.plan import Block, Plan
 from anygen.request import Request
 from anygen.results import Finished, SegmentFinished, TextDelta
@@ -111,15 +112,16 @@ def test_what_is_written_first_takes_nothing_of_the_budget(model: AnyGen, short:
         model.generate(**call, max_new_tokens=3)
 
 
-@pytest.mark.parametrize("output", ["image", ("audio", "image"), "text"])
+@pytest.mark.parametrize("output", ["image", ("audio", "image")])
 def test_text_only_is_two_calls(model: AnyGen, short: int, output: Any) -> None:
     call: dict[str, Any] = {"output": output, "temperature": 2.0, "max_new_tokens": 100, "num_samples": 2, "seed": 5}
     answers = model.generate(**call, audio=SOUND, via="text_only").samples
-    heard = model.generate(**call | {"audio": SOUND, "output": "text", "max_new_tokens": short}).samples
+    heard = model.generate(**call | {"audio": SOUND, "output": "text", "max_new_tokens": short + 1}).samples
     for answer, text in zip(answers, heard, strict=True):
         (alone,) = model.generate(**call | {"text": text.of("text")[0], "seed": text.seed, "num_samples": 1}).samples
         assert answer.ids == (*text.ids, *alone.ids) and answer.seed == text.seed
         assert [s.content for s in answer.via] == text.of("text") and kinds(answer) == kinds(alone)
+        assert answer.finish_reason == "length" == text.finish_reason, "the text was cut"
         for mine, other in zip(answer.segments, alone.segments, strict=True):
             same = mine.content.samples_T if mine.modality == "audio" else mine.content
             assert np.array_equal(same, other.content.samples_T if mine.modality == "audio" else other.content)
@@ -146,6 +148,49 @@ def test_text_only_takes_the_task_of_the_answer_and_tells_at_once_what_does_not_
     assert prompts["depict"] == prompts[None] and control("answer") in prompts["answer"][1]
     with pytest.raises(InputError, match="too small"):
         model.stream(**CALL | {"max_new_tokens": 5}, via="text_only")
+
+
+def test_text_only_needs_no_room_for_both(model: AnyGen, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = model.generate(**CALL, via="text_only").samples[0]
+    heard = len(model._states(Request(audio=SOUND, output="text"))[0].prompt)
+    answer = len(whole.ids) - short - 1
+    monkeypatch.setattr(model.engine, "max_positions", heard + 4 * (short + 1))
+    least = model.grammar.smallest_budget(Plan((Block("image", (2, 2)),)))
+    assert model.generate(**CALL, via="text_only").samples[0].ids == whole.ids and answer >= least
+    monkeypatch.setattr(model.engine, "max_positions", heard + 4)
+    assert kinds(model.generate(**CALL, via="text_only").samples[0]) == ("image",)
+    monkeypatch.setattr(model.engine, "max_positions", heard + 3)
+    with pytest.raises(InputError, match=f"the input takes {heard} of this model's {heard + 3} positions"):
+        model.generate(**CALL, via="text_only")
+    monkeypatch.setattr(model.engine, "max_positions", least - 1)
+    with pytest.raises(InputError, match="the answer at least"):
+        model.stream(**CALL, via="text_only")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"image": PICTURE, "text": "how many?", "output": "text"},
+        {"image": PICTURE, "text": "a cat", "output": "region"},
+        {"image": PICTURE, "output": "text"},
+        {"text": "a cat", "output": "image"},
+        {"output": "image"},
+    ],
+)
+def test_text_only_is_for_what_a_text_can_stand_for(model: AnyGen, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="in place of a picture or sound, with another medium; got"):
+        model.generate(**arguments, via="text_only")
+
+
+def test_a_task_may_be_that_of_what_is_written_first(model: AnyGen, short: int) -> None:
+    (usual,) = model.generate(**CALL, via="text").samples
+    (named,) = model.generate(**CALL, via="text", task="transcribe").samples
+    assert named.ids == usual.ids
+    for way in ("text_only", "nothing"):
+        with pytest.raises(InputError, match="task 'transcribe' gives text first"):
+            Request(**CALL, via=way, task="transcribe")
+    for asked in ({"output": "audio", "task": "answer"}, {"output": "any", "task": "caption"}):
+        Request(image=PICTURE, **asked)
 
 
 @pytest.mark.parametrize("way", ["text", "text_only"])
@@ -227,7 +272,14 @@ def test_a_bundle_carries_it(bundle_folder: Path, tmp_path: Path) -> None:
     edit(folder / "anygen.json", lambda facts: facts.update(via={"audio>image": "text_only"}))
     resealed(folder)
     assert load_bundle(folder).via == {"audio>image": "text_only"} and load_bundle(bundle_folder).via == {}
-    for wrong in ({"audio>image": "image"}, {"audio": "text"}, {"audio>any": "text"}, ["audio>image"], "text"):
+    for wrong in (
+        {"image,text>text": "text_only"},
+        {"audio>image": "image"},
+        {"audio": "text"},
+        {"audio>any": "text"},
+        ["audio>image"],
+        "text",
+    ):
         edit(folder / "anygen.json", lambda facts, wrong=wrong: facts.update(via=wrong))
         resealed(folder)
         with pytest.raises(CheckpointError, match=r"anygen.json is broken"):
@@ -244,6 +296,8 @@ def test_the_stage_writes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(stage, "save_bundle", lambda *_, via, **__: written.append(via))
     stage.main(BundleConfig(root=tmp_path, name="a", via={"audio>image": "text"}))
     assert written == [{"audio>image": "text"}]
+    with pytest.raises(ConfigError, match="a text cannot stand alone in 'image,text>text'"):
+        build(BundleConfig, {"name": "a", "via": {"image,text>text": "text_only"}}, source="test")
 
 
 def test_recipes_of_before_stay_what_they_were() -> None:
