@@ -21,9 +21,8 @@ _WORD = re.compile(r"\w+")
 
 
 def _at_least_once(repeats: float | dict[str, float]) -> float | dict[str, float]:
-    low = [most for most in (repeats.values() if isinstance(repeats, dict) else (repeats,)) if not most >= 1]
-    if low:
-        raise ValueError(f"a record comes at least once an epoch: expected 1 or more; got {low[0]}")
+    if not all(most >= 1 for most in (repeats.values() if isinstance(repeats, dict) else (repeats,))):
+        raise ValueError("a record comes at least once an epoch: expected 1 or more")
     return repeats
 
 
