@@ -146,6 +146,11 @@ def test_text_only_takes_the_task_of_the_answer_and_tells_at_once_what_does_not_
     assert len({tuple(first) for first, _ in prompts.values()}) == 1, "what is written first is what was heard"
     assert control("transcribe") in prompts[None][0] and control("depict") in prompts[None][1]
     assert prompts["depict"] == prompts[None] and control("answer") in prompts["answer"][1]
+    given = {"num_samples": 2, "seed": 4, "speculative_window": 3}
+    texts = model._states(request := Request(**CALL, **given, via="text_only"))
+    alone = model._states(Request(**CALL | {"audio": None}, **given, text="a"))
+    for answer, other in zip(model._answering([request], [texts])[0], alone, strict=True):
+        assert (answer.noise_seed, answer.window, answer.seed) == (other.noise_seed, 3, other.seed)
     with pytest.raises(InputError, match="too small"):
         model.stream(**CALL | {"max_new_tokens": 5}, via="text_only")
 
