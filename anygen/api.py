@@ -22,7 +22,7 @@ from anygen.documents import Document, Segment
 from anygen.drawing import Drawer
 from anygen.errors import InputError
 from anygen.grammar import Grammar
-from anygen.ranking import best_of, check_ranked
+from anygen.ranking import best_of, check_ranked, with_usual_best_of
 from anygen.request import Request
 from anygen.results import Event, Finished, Output, Sample
 from anygen.sampling.engine import Engine
@@ -106,11 +106,12 @@ class AnyGen:
         for request in requests:
             if not isinstance(request, Request):
                 raise InputError(f"generate_batch takes a list of Request; got {type(request).__name__} in it")
+        requests = [with_usual_best_of(request, self.bundle.best_of) for request in requests]
         states = self._answering(requests, [self._states(request) for request in requests])
         for _ in sample(self.engine, [state for group in states for state in group]):
             pass
         kept = [
-            best_of(self.bundle, self.sequencer, group, request.best_of) if request.best_of > 1 else group
+            best_of(self.bundle, self.sequencer, group, request.num_drawn) if request.num_drawn > 1 else group
             for request, group in zip(requests, states, strict=True)
         ]
         return [
@@ -138,8 +139,8 @@ class AnyGen:
     def stream(self, **arguments: Any) -> Iterator[Event | Finished]:
         """Generate, step by step: segments begun, text as it comes, rows of pictures, sound in chunks, segments whole.
 
-        The last event is `Finished` with the same output that `generate` gives, sounds up to rounding (1e-6): they are
-        their chunks, joined. Closing the iterator stops the work and frees what it holds.
+        The last event is `Finished` with the same output that `generate` gives with `best_of=1`, sounds up to rounding
+        (1e-6): they are their chunks, joined. Closing the iterator stops the work and frees what it holds.
 
         Raises:
             InputError: (at once, not with the first event) an argument that cannot be used, by name.
@@ -156,7 +157,7 @@ class AnyGen:
         yield from self._events(request, states, self._trackers(request, states))
 
     def _states_to_watch(self, request: Request) -> list[SampleState]:
-        if request.best_of > 1:
+        if request.num_drawn > 1:
             raise InputError("best_of chooses among whole answers: it cannot be streamed or watched by on_event")
         return self._states(request)
 
@@ -199,7 +200,7 @@ class AnyGen:
 
     def _states(self, request: Request) -> list[SampleState]:
         self._drawer(request).check()
-        if request.best_of > 1:
+        if request.num_drawn > 1:
             check_ranked(request)
         return self._starter.states(request)
 

@@ -24,7 +24,7 @@ from anygen.documents import Tokenizers
 from anygen.errors import CheckpointError, InputError
 from anygen.files import MANIFEST, publishing, read_json, verify, write_json
 from anygen.layout import Layout
-from anygen.plan import Way, can_stand_alone
+from anygen.plan import Way, can_be_read_back, can_stand_alone
 from anygen.sampling.choose import SamplingOptions
 from anygen.vocabulary import Vocabulary
 from decoders.carried import carried, open_renderer
@@ -58,6 +58,8 @@ class Bundle:
     """The diffusion decoders it carries: name (`image`) to what drives them (`codes`, `vokens`)."""
     via: Mapping[str, Way] = field(default_factory=dict)
     """Direction (`audio>image`) to what it writes before its answer, where nothing else is asked for."""
+    best_of: Mapping[str, int] = field(default_factory=dict)
+    """Direction (`text>image`) to how many answers it draws for one that it keeps, where no number is asked for."""
     _opened: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def renderer(self, name: str) -> Any:
@@ -112,6 +114,7 @@ def save_bundle(
     card: str,
     decoders: Mapping[str, Path] | None = None,
     via: Mapping[str, str] | None = None,
+    best_of: Mapping[str, int] | None = None,
 ) -> None:
     """Publish a bundle atomically.
 
@@ -134,6 +137,7 @@ def save_bundle(
                 "layout": layout.to_json(),
                 "defaults": {name: options.to_json() for name, options in defaults.items()},
                 **({"via": dict(via)} if via else {}),
+                **({"best_of": dict(best_of)} if best_of else {}),
                 "provenance": dict(provenance),
             },
         )
@@ -164,14 +168,15 @@ def load_bundle(folder: str | Path | None = None, *, device: str = "auto") -> Bu
         layout = Layout.from_json(facts["layout"])
         defaults = {str(name): SamplingOptions(**options) for name, options in facts["defaults"].items()}
         provenance = dict(facts["provenance"])
-        via = checked_via(facts.get("via", {}))
+        via, best_of = checked_via(facts.get("via", {})), checked_best_of(facts.get("best_of", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path / ANYGEN_JSON} is broken: {type(error).__name__}: {error}") from error
     target = _usable(device)
     tokenizers = load_tokenizers(path / "tokenizers", vocabulary, target)
     vocabulary.check(tokenizers)
     model = _load_model(path, vocabulary).to(target)
-    return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, carried(path / "decoders"), via)
+    renderers = carried(path / "decoders")
+    return Bundle(path, model, vocabulary, layout, tokenizers, defaults, provenance, renderers, via, best_of)
 
 
 def checked_via(facts: Mapping[str, Any]) -> dict[str, Way]:
@@ -186,6 +191,22 @@ def checked_via(facts: Mapping[str, Any]) -> dict[str, Way]:
             raise ValueError(f"via holds directions, to any but 'any', each with one of {get_args(Way)}; got {facts!r}")
         if way == "text_only" and not can_stand_alone(inputs.split(",") if inputs else (), outputs.split(",")):
             raise ValueError(f"via: a text cannot stand alone in {direction!r}")
+    return dict(facts)
+
+
+def checked_best_of(facts: Mapping[str, Any]) -> dict[str, int]:
+    """How many answers are drawn for one that is kept, by direction.
+
+    Raises:
+        ValueError: no direction whose answers can be read backwards, or no number of answers.
+    """
+    for direction, number in facts.items():
+        given, _, made = direction.partition(">")
+        if not can_be_read_back([given], [made]) or type(number) is not int or number < 1:
+            raise ValueError(
+                "best_of holds directions from one of text, image, audio to another, each with a number of answers; "
+                f"got {direction!r}: {number!r}"
+            )
     return dict(facts)
 
 

@@ -22,6 +22,16 @@ def can_stand_alone(inputs: Sequence[str], outputs: Sequence[str]) -> bool:
     return bool(inputs) and "text" not in inputs and outputs[0] not in ("text", "region")
 
 
+def can_be_read_back(inputs: Sequence[str], outputs: Sequence[str]) -> bool:
+    """True where the input can be guessed from the answer: one medium or text that is answered with one other.
+
+    >>> can_be_read_back(["text"], ["image"]), can_be_read_back(["text"], ["text"])
+    (True, False)
+    """
+    media = {"text", "image", "audio"}
+    return len(inputs) == len(outputs) == 1 and inputs[0] != outputs[0] and {inputs[0], outputs[0]} <= media
+
+
 @dataclass(frozen=True)
 class Block:
     """One block that an answer is to hold, with its shape where the caller fixes it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import secrets
@@ -74,9 +75,10 @@ class Request:
     num_samples: int = 1
     seed: int | None = 0
     """Sample i is drawn from seed + i; None takes a new seed and reports it."""
-    best_of: int = 1
+    best_of: int | None = None
     """Draw so many answers for each sample and keep the one from which the model would best guess the input
-    (`anygen.ranking`). Sample i is one of those from seed + i best_of on; its own seed gives it again."""
+    (`anygen.ranking`). Sample i is one of those from seed + i best_of on; its own seed with `best_of=1` gives it again.
+    By default the bundle knows where that helps; what is streamed is the first that is drawn."""
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     """CPU generators instead of a seed: one for all samples, or one each."""
     max_new_tokens: int | None = None
@@ -117,7 +119,8 @@ class Request:
             if isinstance(value := getattr(self, name), np.generic):
                 object.__setattr__(self, name, value.item())
         self._take_integer("num_samples", 1, MAX_SAMPLES)
-        self._take_integer("best_of", 1, MAX_SAMPLES // self.num_samples)
+        if self.best_of is not None:
+            self._take_integer("best_of", 1, MAX_SAMPLES // self.num_samples)
         if self.seed is not None:
             self._take_integer("seed", 0, _SEEDS - 1)
         if self.max_new_tokens is not None:
@@ -227,6 +230,17 @@ class Request:
         return tuple(segment_of(item) for item in given)
 
     @property
+    def num_drawn(self) -> int:
+        """How many answers are drawn for each sample."""
+        return self.best_of or 1
+
+    def with_best_of(self, number: int) -> Request:
+        """The same request, its media loaded already, with so many answers for each sample."""
+        other = copy.copy(self)
+        object.__setattr__(other, "best_of", number)
+        return other
+
+    @property
     def own_task(self) -> str | None:
         """The task, where it is another than inputs and output suggest."""
         first = self.outputs[0]
@@ -256,24 +270,24 @@ class Request:
         return options
 
     def generators(self) -> list[tuple[torch.Generator, int | None]]:
-        """A CPU generator for each answer that is drawn, `best_of` for a sample, and its seed where it has one."""
+        """A CPU generator for each answer that is drawn, `num_drawn` for a sample, and its seed where it has one."""
         if self.generator is not None:
             each = generators_of(self.generator, self.num_samples)
-            return [(generator, None) for generator in each for _ in range(self.best_of)]
+            return [(generator, None) for generator in each for _ in range(self.num_drawn)]
         first = secrets.randbits(48) if self.seed is None else self.seed
-        seeds = [(first + i) % _SEEDS for i in range(self.num_samples * self.best_of)]
+        seeds = [(first + i) % _SEEDS for i in range(self.num_samples * self.num_drawn)]
         return [(torch.Generator().manual_seed(seed), seed) for seed in seeds]
 
     def describe(self) -> dict[str, Any]:
         """JSON-able account of the request: texts as they are, media by the hash of their content."""
         facts: dict[str, Any] = {"output": list(self.outputs), "inputs": [describe(s) for s in self.inputs]}
         names = ("task", "max_new_tokens", *OPTION_NAMES, "size", "duration_s", "span", "num_inference_steps", "via")
-        for name in names:
+        for name in (*names, "best_of"):
             if getattr(self, name) is not None:
                 facts[name] = getattr(self, name)
         if self.mask_picture is not None:
             facts["mask"] = describe(Segment("image", self.mask_picture))
-        for name in ("keep_original", "best_of", "decoder"):
+        for name in ("keep_original", "decoder"):
             if (value := getattr(self, name)) != getattr(type(self), name):  # a field's default
                 facts[name] = value
         if isinstance(self.size, Sequence):

@@ -22,8 +22,8 @@ def evaluate(
     direction: Annotated[list[str] | None, typer.Option(help="Bundles: text>image and so on; repeatable.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Bundles: seed of the samples.")] = 0,
     best_of: Annotated[
-        int, typer.Option(min=1, help="Bundles: answers drawn for one that is kept, where they can be read back.")
-    ] = 1,
+        int | None, typer.Option(min=1, help="Bundles: answers drawn for one that is kept; by default its own number.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Tokenizers: folder of shards; RUN/data by default.")] = None,
     teacher: Annotated[Path | None, typer.Option(help="Pictures: folder of the teacher; its own by default.")] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report and its page.")] = Path("out/evaluation"),
@@ -46,7 +46,7 @@ def evaluate(
     from anygen.evaluation.tokenizers import evaluate_tokenizer, kind_of
 
     if model is not None and (kind := kind_of(Path(model))):
-        if direction or best_of > 1:
+        if direction or best_of is not None:
             raise InputError(f"--direction and --best-of are for bundles; this is a {kind} tokenizer")
         report, lines = evaluate_tokenizer(Path(model), data=data, teacher=teacher, out=out, limit=limit)
     else:

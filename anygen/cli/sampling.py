@@ -27,8 +27,8 @@ def generate(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Answers to generate.")] = 1,
     best_of: Annotated[
-        int, typer.Option(help="Draw so many for each answer, keep the one that the model best reads back.")
-    ] = 1,
+        int | None, typer.Option(help="Draw so many for each answer, keep the one that the model best reads back.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Sample i is drawn from seed + i.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 takes the most likely id.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely ids.")] = None,

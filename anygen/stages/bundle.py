@@ -10,7 +10,7 @@ import jinja2
 from pydantic import AfterValidator, Field
 
 from anygen._version import __version__
-from anygen.bundle import checked_via, save_bundle
+from anygen.bundle import checked_best_of, checked_via, save_bundle
 from anygen.config import Config
 from anygen.files import read_json
 from anygen.model.causal import num_parameters
@@ -41,6 +41,8 @@ class BundleConfig(StageConfig):
     """Sampling options by modality of the id that is drawn."""
     via: Annotated[dict[str, Way], AfterValidator(checked_via)] = Field({}, exclude_if=lambda via: not via)
     """Direction (`"audio>image": text`) to what is written before the answer and kept out of it."""
+    best_of: Annotated[dict[str, int], AfterValidator(checked_best_of)] = Field({}, exclude_if=lambda usual: not usual)
+    """Direction (`"text>image": 8`) to how many answers are drawn for one that is kept."""
     notes: str = ""
     """Paragraph for the model card: data, licences, limits."""
 
@@ -83,6 +85,7 @@ def main(config: BundleConfig) -> StageResult:
         card=_card(facts),
         decoders=decoders,
         via=config.via,
+        best_of=config.best_of,
     )
     size = sum(p.stat().st_size for p in (config.folder / config.name).rglob("*") if p.is_file())
     return StageResult(config.folder, (config.folder / config.name,), {"megabytes": size / 1e6})

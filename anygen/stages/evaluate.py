@@ -21,8 +21,9 @@ class EvaluateConfig(StageConfig):
     directions: list[str] = []
     """Some of the parts that `anygen evaluate` measures; empty for all."""
     seed: int = Field(0, ge=0)
-    best_of: int = Field(1, ge=1)
-    """Answers that are drawn for one that is kept (`Request.best_of`), where they can be read backwards."""
+    best_of: int | None = Field(None, ge=1)
+    """Answers that are drawn for one that is kept (`Request.best_of`), where they can be read backwards; as many as the
+    bundle says by default."""
 
     @field_validator("directions")
     @classmethod

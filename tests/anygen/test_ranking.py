@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_bundle import edit, resealed
 from typer.testing import CliRunner
 
 from anygen.api import AnyGen
+from anygen.bundle import load_bundle
 from anygen.cli.app import app
-from anygen.errors import InputError
+from anygen.config import build
+from anygen.errors import CheckpointError, ConfigError, InputError
+from anygen.ranking import with_usual_best_of
 from anygen.request import Request
-from anygen.results import Sample
+from anygen.results import Finished, Sample
+from anygen.stages.bundle import BundleConfig
 from tokenizers_mm.media import Audio
 
 PICTURE = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
@@ -122,6 +129,70 @@ def test_its_number_is_checked(best_of: Any) -> None:
         Request(text="a", output="image", best_of=best_of)
     with pytest.raises(InputError, match="best_of must be an integer from 1 to 2"):
         Request(text="a", output="image", num_samples=400, best_of=3)
+
+
+@pytest.fixture
+def choosy(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> AnyGen:
+    """The tiny model, whose bundle draws four pictures of a text and keeps one."""
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of={"text>image": 4}))
+    return model
+
+
+DRAWN: dict[str, Any] = {"text": "a cat", "output": "image", "temperature": 3.0, "seed": 5}
+
+
+def test_the_bundle_says_where_it_helps_and_the_caller_has_the_last_word(choosy: AnyGen) -> None:
+    kept = choosy.generate(**DRAWN).samples[0]
+    asked = choosy.generate(**DRAWN, best_of=4).samples[0]
+    first = choosy.generate(**DRAWN, best_of=1).samples[0]
+    assert (kept.ids, kept.seed) == (asked.ids, asked.seed) != (first.ids, first.seed)
+    assert kept.provenance["request"]["best_of"] == 4 and first.provenance["request"]["best_of"] == 1
+    assert choosy.generate(**DRAWN, num_samples=2).samples[1].seed in range(9, 13)
+    finished = list(choosy.stream(**DRAWN))[-1]
+    assert isinstance(finished, Finished) and finished.output.samples[0].ids == first.ids, "a stream cannot wait"
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({}, 4),
+        ({"task": "depict"}, 4),
+        ({"task": "answer"}, None),
+        ({"temperature": 0.0}, None),
+        ({"output": "audio"}, None),
+        ({"output": ("image", "audio")}, None),
+        ({"decoder": "voken"}, None),
+        ({"num_samples": 300}, 3),
+        ({"num_samples": 600}, None),
+        ({"best_of": 2}, 2),
+    ],
+)
+def test_what_is_usual_is_drawn_where_it_can_be(changes: dict[str, Any], number: int | None) -> None:
+    request = Request(**DRAWN | changes)
+    assert with_usual_best_of(request, {"text>image": 4}).best_of == number
+    assert request.best_of == changes.get("best_of"), "the caller's request is as it was"
+
+
+@pytest.mark.parametrize("facts", [{"text>text": 2}, {"text>image,text": 2}, {"image": 2}, {"text>image": 0}])
+def test_a_bundle_that_could_not_do_it_is_refused(bundle_folder: Path, tmp_path: Path, facts: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match="best_of holds directions from one of text, image, audio to another"):
+        build(BundleConfig, {"name": "a", "best_of": facts}, source="test")
+    with pytest.raises(CheckpointError, match="best_of holds directions"):
+        load_bundle(saying(facts, bundle_folder, tmp_path))
+
+
+def saying(facts: dict[str, int], bundle_folder: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "b"
+    shutil.copytree(bundle_folder, folder)
+    edit(folder / "anygen.json", lambda written: written.update(best_of=facts))
+    resealed(folder)
+    return folder
+
+
+def test_a_bundle_holds_it(bundle_folder: Path, tmp_path: Path) -> None:
+    assert load_bundle(saying({"text>image": 8}, bundle_folder, tmp_path)).best_of == {"text>image": 8}
+    assert load_bundle(bundle_folder).best_of == {}
+    assert "best_of" not in BundleConfig(name="a").model_dump(), "recipes of before stay what they were"
 
 
 def test_it_is_not_streamed(model: AnyGen) -> None:

@@ -219,23 +219,21 @@ def test_streams_tell_of_the_answer_alone(chained: AnyGen, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["text", "text_only"])
-def test_the_best_of_several_is_judged_by_the_answer(
-    chained: AnyGen, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
+def test_the_best_of_several_is_judged_step_by_step(chained: AnyGen, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     chained.bundle.via["audio>image"] = way  # type: ignore[index]
     read: list[tuple[str, ...]] = []
     backwards = ranking._backwards
 
     def watched(*arguments: Any) -> Any:
-        document = backwards(*arguments)
-        read.append(tuple(segment.modality for segment in document.segments))
-        return document
+        documents = backwards(*arguments)
+        read.extend(tuple(segment.modality for segment in document.segments) for document in documents)
+        return documents
 
     monkeypatch.setattr(ranking, "_backwards", watched)
     kept = chained.generate(**CALL, best_of=4).samples[0]
     drawn = chained.generate(**CALL, num_samples=4).samples
     assert kept.ids in {sample.ids for sample in drawn} and len(kept.via) == 1
-    assert read == [("image", "audio")] * 4, "from the picture to the sound, not from the text between"
+    assert read == [("text", "audio"), ("image", "text")] * 4, "each step backwards"
 
 
 @pytest.mark.parametrize(
@@ -298,9 +296,9 @@ def test_the_stage_writes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(stage, "open_tokenizers", lambda *_, **__: {})
     monkeypatch.setattr(stage, "num_parameters", lambda _: 0)
     monkeypatch.setattr(stage, "_card", lambda _: "")
-    monkeypatch.setattr(stage, "save_bundle", lambda *_, via, **__: written.append(via))
-    stage.main(BundleConfig(root=tmp_path, name="a", via={"audio>image": "text"}))
-    assert written == [{"audio>image": "text"}]
+    monkeypatch.setattr(stage, "save_bundle", lambda *_, via, best_of, **__: written.append((via, best_of)))
+    stage.main(BundleConfig(root=tmp_path, name="a", via={"audio>image": "text"}, best_of={"text>image": 8}))
+    assert written == [({"audio>image": "text"}, {"text>image": 8})]
     with pytest.raises(ConfigError, match="a text cannot stand alone in 'image,text>text'"):
         build(BundleConfig, {"name": "a", "via": {"image,text>text": "text_only"}}, source="test")
 

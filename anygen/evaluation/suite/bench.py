@@ -45,10 +45,11 @@ class Bench:
         model: to evaluate.
         limit: at most so many cases of a group; None takes all names (and 1,000 scenes).
         seed: the request about emoji or scene i is drawn from seed + i.
-        best_of: answers that are drawn for one that is kept, where one input has one answer of another modality.
+        best_of: answers that are drawn for one that is kept, where one input has one answer of another modality; None
+            as the model does by itself.
     """
 
-    def __init__(self, model: AnyGen, *, limit: int | None, seed: int, best_of: int = 1) -> None:
+    def __init__(self, model: AnyGen, *, limit: int | None, seed: int, best_of: int | None = None) -> None:
         self.model, self.limit, self.seed, self.best_of = model, limit, seed, best_of
         image = model.bundle.tokenizers.get("image")
         self.world = RealEmoji(image.config.side_px if image is not None else 64)  # type: ignore[attr-defined]
@@ -124,7 +125,8 @@ class Bench:
 
     def transcribe(self, sounds: Sequence[Audio], seeds: Sequence[int | None]) -> list[str]:
         """What the model itself hears."""
-        requests = [Request(audio=a, output="text", seed=seed) for a, seed in zip(sounds, seeds, strict=True)]
+        pairs = zip(sounds, seeds, strict=True)
+        requests = [Request(audio=audio, output="text", seed=seed, best_of=1) for audio, seed in pairs]
         return [str(sample.of("text")[0]) for sample in self.generate("own transcript", requests)]
 
     def _training_voices(self) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def evaluate_bundle(
     limit: int | None = DEFAULT_LIMIT,
     directions: Sequence[str] = (),
     seed: int = 0,
-    best_of: int = 1,
+    best_of: int | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle; writes `report.json` and `index.html` and returns the report.
 
@@ -83,7 +83,8 @@ def evaluate_bundle(
         limit: at most so many cases of a group.
         directions: names of parts; all where there are none.
         seed: of the samples.
-        best_of: see `Request`; of directions from one medium to one other.
+        best_of: see `Request`; of directions from one medium to one other. None takes the number that is the model's
+            own for each.
 
     Raises:
         InputError: no such direction, or `out` holds something that is not an evaluation.
@@ -109,7 +110,13 @@ def evaluate_bundle(
 
 
 def open_and_evaluate(
-    folder: str | None, out: Path, *, limit: int | None, directions: Sequence[str], seed: int, best_of: int = 1
+    folder: str | None,
+    out: Path,
+    *,
+    limit: int | None,
+    directions: Sequence[str],
+    seed: int,
+    best_of: int | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """The report of the bundle in a folder (None: the embedded one), also as lines of text."""
     check_directions(directions)
@@ -208,7 +215,7 @@ def _report(bench: Bench, rows: Sequence[Row]) -> dict[str, Any]:
         "anygen": __version__,
         "limit": bench.limit,
         "seed": bench.seed,
-        "best_of": bench.best_of,
+        "best_of": bench.best_of or dict(bench.model.bundle.best_of),
         "voice": bench.voices[0] if bench.voices else None,
         "threads": torch.get_num_threads(),
         "figures": [{"direction": row.direction, **facts} for row, facts in zip(rows, figures, strict=True)],
