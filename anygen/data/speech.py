@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,10 @@ RATE_HZ = 16_000
 FLITE_VOICES = ("awb", "kal", "kal16", "rms", "slt")
 HELD_OUT_VOICE = "rms"
 """Never in training, in any recipe of ours."""
+_STRETCH = {"kal": 1.1, "kal16": 1.1}
+"""How much slower than its durations flite lets a voice speak, where it does."""
 _TIMEOUT_S = 60
+_VOICE = re.compile(r"([a-z0-9]+|espeak:[a-zA-Z0-9+-]+)(@[0-9]+(-[0-9]+-[0-9]+Hz)?)?")
 
 
 def check_voices(voices: tuple[str, ...]) -> None:
@@ -29,21 +33,25 @@ def check_voices(voices: tuple[str, ...]) -> None:
 
     A voice is a flite voice (`slt`) or an espeak-ng voice, with a variant if wanted (`espeak:en-us+f3`). Behind an `@`
     stands how high and fast it speaks in percent (`slt@90`, 50 to 200): more voices than there are (speed perturbation,
-    Ko et al. 2015).
+    Ko et al. 2015). A flite voice takes three apart, the resonances of its throat and its tempo in percent and the
+    pitch in Hz that it speaks at in the mean: `slt@86-100-110Hz` is a woman's voice as a man might speak.
 
     Raises:
         MissingDependency: the program behind a voice is not installed.
         DataError: not a voice name.
     """
     for voice in voices:
-        if not re.fullmatch(r"([a-z0-9]+|espeak:[a-zA-Z0-9+-]+)(@[0-9]+)?", voice):
+        if not _VOICE.fullmatch(voice):
             raise DataError(
                 f"{voice!r} is not a voice; write a flite voice (slt) or espeak:LANGUAGE+VARIANT (espeak:en-us+f3), "
-                "and behind it how high and fast in percent, if wanted (slt@90)"
+                "and behind it how high and fast in percent, if wanted (slt@90), or of flite's throat, tempo and pitch "
+                "apart (slt@86-100-110Hz)"
             )
-        speaker, speed = speaker_of(voice), speed_of(voice)
-        if not 0.5 <= speed <= 2:
-            raise DataError(f"voice {voice!r} speaks at {speed:.0%} of its height and speed; that must be 50 to 200")
+        speaker, manner = speaker_of(voice), Manner.of(voice)
+        if not 0.5 <= manner.height <= 2 or not 0.5 <= manner.tempo <= 2:
+            raise DataError(f"voice {voice!r}: height and tempo must be 50 to 200 percent")
+        if manner.pitch_hz is not None and (voice.startswith("espeak:") or not 50 <= manner.pitch_hz <= 400):
+            raise DataError(f"voice {voice!r}: only flite's voices take a pitch, of 50 to 400 Hz")
         if not voice.startswith("espeak:") and speaker not in FLITE_VOICES:
             raise DataError(f"flite has no voice {speaker!r}; it has {', '.join(FLITE_VOICES)}")
         program = "espeak-ng" if voice.startswith("espeak:") else "flite"
@@ -60,13 +68,40 @@ def speaker_of(voice: str) -> str:
     return voice.partition("@")[0]
 
 
-def speed_of(voice: str) -> float:
-    """How high and fast a voice speaks.
+@dataclass(frozen=True)
+class Manner:
+    """How a voice speaks, beside what its speaker does.
 
-    >>> speed_of("slt"), speed_of("slt@90")
-    (1.0, 0.9)
+    Attributes:
+        height: of all its frequencies, resonances included, 1 as its speaker.
+        tempo: 1 as its speaker.
+        pitch_hz: the mean pitch that is heard; None as its speaker, times `height`.
+
+    >>> Manner.of("slt@90"), Manner.of("slt@86-100-110Hz")
+    (Manner(height=0.9, tempo=0.9, pitch_hz=None), Manner(height=0.86, tempo=1.0, pitch_hz=110))
     """
-    return int(voice.partition("@")[2] or 100) / 100
+
+    height: float = 1.0
+    tempo: float = 1.0
+    pitch_hz: int | None = None
+
+    @classmethod
+    def of(cls, voice: str) -> Manner:
+        """What stands behind the `@` of a voice."""
+        height, *rest = re.findall(r"\d+", voice.partition("@")[2]) or ["100"]
+        if not rest:
+            return cls(int(height) / 100, int(height) / 100)
+        return cls(int(height) / 100, int(rest[0]) / 100, int(rest[1]))
+
+    def of_flite(self, speaker: str) -> list[str]:
+        """Options that make flite speak so, once its sound is played `height` times as fast."""
+        if self.pitch_hz is None:
+            return []
+        settings = {
+            "duration_stretch": f"{_STRETCH.get(speaker, 1.0) * self.height / self.tempo:.3f}",
+            "int_f0_target_mean": f"{self.pitch_hz / self.height:.1f}",
+        }
+        return [part for name, value in settings.items() for part in ("--setf", f"{name}={value}")]
 
 
 def speak(text: str, voice: str) -> Audio:
@@ -76,14 +111,14 @@ def speak(text: str, voice: str) -> Audio:
         DataError: the program cannot speak this text.
         AnyGenError: the program was stopped, which says nothing about the text.
     """
-    speaker = speaker_of(voice)
+    speaker, manner = speaker_of(voice), Manner.of(voice)
     with tempfile.TemporaryDirectory() as folder:
         words, sound = Path(folder, "words.txt"), Path(folder, "sound.wav")
         words.write_text(text, encoding="utf-8")
         if speaker.startswith("espeak:"):
             command = ["espeak-ng", "-v", speaker.removeprefix("espeak:"), "-f", str(words), "-w", str(sound)]
         else:
-            command = ["flite", "-voice", speaker, "-f", str(words), "-o", str(sound)]
+            command = ["flite", "-voice", speaker, *manner.of_flite(speaker), "-f", str(words), "-o", str(sound)]
         fault = _fault_of(command)
         if fault is not None:
             raise DataError(f"voice {voice!r} could not speak {text!r}: {fault}")
@@ -91,7 +126,7 @@ def speak(text: str, voice: str) -> Audio:
             audio = load_sound(sound, rate_hz=RATE_HZ)
         except ValueError as error:
             raise DataError(f"voice {voice!r} could not speak {text!r}: {error}") from error
-    samples_T = trimmed(Audio(audio.samples_T, round(RATE_HZ * speed_of(voice))).resampled(RATE_HZ).samples_T)
+    samples_T = trimmed(Audio(audio.samples_T, round(RATE_HZ * manner.height)).resampled(RATE_HZ).samples_T)
     return Audio(samples_T * np.float32(0.7 / max(float(np.abs(samples_T).max()), 1e-3)), RATE_HZ)
 
 

@@ -17,6 +17,7 @@ from anygen.data.scenes import THINGS, is_countable, make_scene
 from anygen.data.sources import EmojiSource
 from anygen.data.speech import RATE_HZ, check_voices, speak, trimmed
 from anygen.errors import AnyGenError, ConfigError, DataError, MissingDependency
+from tokenizers_mm.media import Audio
 
 needs_font = pytest.mark.skipif(
     not any(path.is_file() for path in FONT_PATHS), reason="needs the Debian package fonts-noto-color-emoji"
@@ -160,16 +161,43 @@ def test_espeak_voices() -> None:
 def test_a_voice_may_speak_deeper_and_slower() -> None:
     plain, deeper = speak("a red apple", "slt"), speak("a red apple", "slt@80")
     assert deeper.duration_s == pytest.approx(plain.duration_s / 0.8, rel=0.05)
-    middles = []  # of the spectrum: where half of its magnitude lies
-    for audio in (plain, deeper):
-        magnitudes = np.abs(np.fft.rfft(audio.samples_T)).cumsum()
-        middles.append(np.searchsorted(magnitudes, magnitudes[-1] / 2) / audio.duration_s)
-    assert middles[1] == pytest.approx(0.8 * middles[0], rel=0.1)
+    assert middle_hz(deeper) == pytest.approx(0.8 * middle_hz(plain), rel=0.1)
 
 
-def test_a_held_out_voice_is_refused_at_any_speed() -> None:
-    with pytest.raises(ConfigError, match=r"'rms@90' is held out"):
-        EmojiSource(voices=("slt", "rms@90")).open()
+def middle_hz(audio: Audio) -> float:
+    """Of the spectrum: below it lies half of its magnitude."""
+    magnitudes = np.abs(np.fft.rfft(audio.samples_T)).cumsum()
+    return float(np.searchsorted(magnitudes, magnitudes[-1] / 2) / audio.duration_s)
+
+
+def pitch_hz(audio: Audio) -> float:
+    """The median over frames in which the wave repeats itself: where its autocorrelation is highest."""
+    found = []
+    for start in range(0, len(audio.samples_T) - 1024, 256):
+        frame = audio.samples_T[start : start + 1024] * np.hanning(1024)
+        repeats = np.fft.irfft(np.abs(np.fft.rfft(frame, 4096)) ** 2)
+        lag = 40 + int(np.argmax(repeats[40:266]))  # 400 to 60 Hz
+        if repeats[lag] > 0.4 * repeats[0] and np.abs(frame).max() > 0.05:
+            found.append(audio.rate_hz / lag)
+    return float(np.median(found))
+
+
+@needs_flite
+@pytest.mark.parametrize("voice", ["slt", "awb", "kal16"])
+def test_throat_tempo_and_pitch_of_a_voice_are_set_apart(voice: str) -> None:
+    words = "a man swimming with medium skin tone"
+    plain, like, faster = (speak(words, f"{voice}{how}") for how in ("", "@100-100-125Hz", "@100-125-125Hz"))
+    other = speak(words, f"{voice}@84-100-95Hz")
+    assert [a.duration_s for a in (like, other)] == pytest.approx([plain.duration_s] * 2, rel=0.08)  # silences differ
+    assert faster.duration_s == pytest.approx(like.duration_s / 1.25, rel=0.05)
+    assert [pitch_hz(audio) for audio in (like, faster, other)] == pytest.approx([125, 125, 95], rel=0.12)
+    assert middle_hz(other) < 0.93 * middle_hz(like)
+
+
+@pytest.mark.parametrize("voice", ["rms@90", "rms@90-100-110Hz"])
+def test_a_held_out_voice_is_refused_at_any_speed(voice: str) -> None:
+    with pytest.raises(ConfigError, match=rf"'{voice}' is held out"):
+        EmojiSource(voices=("slt", voice)).open()
 
 
 def test_voices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,6 +212,12 @@ def test_voices_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         "slt@20",
         "slt@300",
         "slt@-1",
+        "slt@90-100",
+        "slt@90-100-110",
+        "slt@20-100-110Hz",
+        "slt@90-300-110Hz",
+        "slt@90-100-20Hz",
+        "espeak:en-us@90-100-110Hz",
     ):
         with pytest.raises(DataError):
             check_voices((voice,))
