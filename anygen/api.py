@@ -11,23 +11,21 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
-from anygen._version import __version__
 from anygen.bundle import Bundle, load_bundle
-from anygen.documents import Document, Segment
-from anygen.drawing import Drawer
 from anygen.errors import InputError
+from anygen.finishing import Finisher
 from anygen.grammar import Grammar
 from anygen.ranking import best_of, check_ranked, with_usual_best_of
 from anygen.request import Request
-from anygen.results import Event, Finished, Output, Sample
+from anygen.results import Event, Finished, Output
 from anygen.sampling.engine import Engine
 from anygen.sampling.sampler import SampleState, sample
 from anygen.sequence import Sequencer
+from anygen.spoken import Spoken, is_in_writing
 from anygen.starting import Starter
 from anygen.streaming import Tracker
 from tokenizers_mm.codes import Codes
@@ -45,6 +43,15 @@ def _with_signature_of_request(method: Method) -> Method:
     kept = [p for p in own if p.kind is not inspect.Parameter.VAR_KEYWORD]
     method.__signature__ = inspect.Signature([*kept, *fields])  # type: ignore[attr-defined]
     return method
+
+
+@dataclasses.dataclass(frozen=True)
+class _Watched:
+    """An answer whose ids are told as they come."""
+
+    call: Request
+    state: SampleState
+    tracker: Tracker
 
 
 class AnyGen:
@@ -94,7 +101,15 @@ class AnyGen:
             return self.generate_batch([Request.of(arguments)])[0]
         if not callable(on_event):
             raise InputError(f"on_event is called with every event; got {type(on_event).__name__}")
-        return self._watched(Request.of(arguments), on_event)
+        request = Request.of(arguments)
+        chains, states = self._begun(request)
+        watched = self._watched(request, chains, states)
+        for event in self._events(watched):
+            if on_event(event) is False:
+                return self._so_far(watched, chains)
+        output = self._so_far(watched, chains)
+        on_event(Finished(output))
+        return output
 
     def generate_batch(self, requests: Iterable[Request]) -> list[Output]:
         """Several requests in one batch; each answer is what it would be alone.
@@ -106,6 +121,18 @@ class AnyGen:
         for request in requests:
             if not isinstance(request, Request):
                 raise InputError(f"generate_batch takes a list of Request; got {type(request).__name__} in it")
+        chains = [self._chains(request) for request in requests]
+        self._advance([chain for group in chains for chain in group])
+        calls = [
+            [chain.call() for chain in group] or [request] for request, group in zip(requests, chains, strict=True)
+        ]
+        outputs = iter(self._generated([call for group in calls for call in group]))
+        return [
+            Output(tuple(chain.whole(next(outputs).samples[0]) for chain in group)) if group else next(outputs)
+            for group in chains
+        ]
+
+    def _generated(self, requests: Sequence[Request]) -> list[Output]:
         requests = [with_usual_best_of(request, self.bundle.best_of) for request in requests]
         states = self._answering(requests, [self._states(request) for request in requests])
         for _ in sample(self.engine, [state for group in states for state in group]):
@@ -115,9 +142,23 @@ class AnyGen:
             for request, group in zip(requests, states, strict=True)
         ]
         return [
-            Output(tuple(self._sample(request, state, self._answer(request, state)) for state in group))
+            Output(tuple(self._finisher.sample(request, state) for state in group))
             for request, group in zip(requests, kept, strict=True)
         ]
+
+    def _chains(self, request: Request) -> list[Spoken]:
+        """Of a request whose sounds are put in writing, one for each of its answers; else none."""
+        if not is_in_writing(request, self.bundle.via):
+            return []
+        if request.num_drawn > 1:
+            check_ranked(request)
+        return [Spoken(request, place) for place in range(request.num_samples)]
+
+    def _advance(self, chains: Sequence[Spoken]) -> None:
+        """Make all calls but the last of each."""
+        while going := [chain for chain in chains if not chain.is_at_the_end]:
+            for chain, output in zip(going, self._generated([chain.call() for chain in going]), strict=True):
+                chain.take(output.samples[0])
 
     def tokenize(self, request: Request) -> list[dict[str, Any]]:
         """Of each input its `modality`, `grid`, `codes` and, in the model's vocabulary, `ids`; JSON-able.
@@ -150,56 +191,65 @@ class AnyGen:
 
     def stream_request(self, request: Request) -> Iterator[Event | Finished]:
         """`stream` of a request that is there already."""
-        return self._streamed(request, self._states_to_watch(request))
+        return self._streamed(request, *self._begun(request))
 
-    def _streamed(self, request: Request, states: list[SampleState]) -> Iterator[Event | Finished]:
-        (states,) = self._answering([request], [states])
-        yield from self._events(request, states, self._trackers(request, states))
+    def _streamed(
+        self, request: Request, chains: list[Spoken], states: list[SampleState]
+    ) -> Iterator[Event | Finished]:
+        watched = self._watched(request, chains, states)
+        yield from self._events(watched)
+        yield Finished(self._so_far(watched, chains))
 
-    def _states_to_watch(self, request: Request) -> list[SampleState]:
+    def _begun(self, request: Request) -> tuple[list[Spoken], list[SampleState]]:
+        """Of a request that will be watched what can be checked before any work: its chains, or else its states."""
         if request.num_drawn > 1:
             raise InputError("best_of chooses among whole answers: it cannot be streamed or watched by on_event")
-        return self._states(request)
+        chains = self._chains(request)
+        return chains, self._states(chains[0].call() if chains else request)
 
-    def _trackers(self, request: Request, states: list[SampleState]) -> list[Tracker]:
+    def _watched(self, request: Request, chains: list[Spoken], states: list[SampleState]) -> list[_Watched]:
+        """Its answers, each about to be drawn; whatever comes before them is done."""
+        self._advance(chains)
+        calls = [chain.call() for chain in chains] or [request]
+        groups = self._answering(calls, [self._states(call) for call in calls] if chains else [states])
+        pairs = [(call, state) for call, group in zip(calls, groups, strict=True) for state in group]
         return [
-            Tracker(
-                index,
-                state.walk,
-                self.sequencer,
-                self.bundle.tokenizers,
-                functools.partial(self._decoded, request, state),
-                state.edit,
+            _Watched(
+                call,
+                state,
+                Tracker(
+                    index,
+                    state.walk,
+                    self.sequencer,
+                    self.bundle.tokenizers,
+                    functools.partial(self._finisher.decoded, call, state),
+                    state.edit,
+                ),
             )
-            for index, state in enumerate(states)
+            for index, (call, state) in enumerate(pairs)
         ]
 
-    def _events(
-        self, request: Request, states: list[SampleState], trackers: list[Tracker]
-    ) -> Iterator[Event | Finished]:
-        for pairs in sample(self.engine, states):
+    def _events(self, watched: list[_Watched]) -> Iterator[Event]:
+        for pairs in sample(self.engine, [each.state for each in watched]):
             for index, id in pairs:
-                yield from trackers[index].push(id)
-        yield Finished(self._output(request, states, trackers))
+                yield from watched[index].tracker.push(id)
 
-    def _watched(self, request: Request, on_event: Callable[[Event | Finished], Any]) -> Output:
-        (states,) = self._answering([request], [self._states_to_watch(request)])
-        trackers = self._trackers(request, states)
-        for event in self._events(request, states, trackers):
-            if on_event(event) is False or isinstance(event, Finished):
-                break
-        return self._output(request, states, trackers)
+    def _so_far(self, watched: list[_Watched], chains: list[Spoken]) -> Output:
+        samples = [self._finisher.sample(each.call, each.state, each.tracker.so_far) for each in watched]
+        if chains:
+            samples = [chain.whole(last) for chain, last in zip(chains, samples, strict=True)]
+        return Output(tuple(samples))
 
-    def _output(self, request: Request, states: list[SampleState], trackers: list[Tracker]) -> Output:
-        pairs = zip(states, trackers, strict=True)
-        return Output(tuple(self._sample(request, state, tracker.so_far) for state, tracker in pairs))
+    @property
+    def _finisher(self) -> Finisher:
+        return Finisher(self.bundle, self.sequencer)
 
     @property
     def _starter(self) -> Starter:
         return Starter(self.bundle, self.sequencer, self.grammar, self.engine.max_positions)
 
     def _states(self, request: Request) -> list[SampleState]:
-        self._drawer(request).check()
+        self._finisher.drawer(request).check()
         if request.num_drawn > 1:
             check_ranked(request)
         return self._starter.states(request)
@@ -210,49 +260,6 @@ class AnyGen:
         for _ in sample(self.engine, [state for group in texts for state in group]):
             pass
         return [self._starter.answering(request, group) for request, group in zip(requests, states, strict=True)]
-
-    def _drawer(self, request: Request) -> Drawer:
-        return Drawer(self.bundle, request.decoder, request.num_inference_steps)
-
-    def _answer(self, request: Request, state: SampleState) -> tuple[Segment, ...]:
-        """Everything a sample holds, decoded."""
-        control = self.bundle.vocabulary.control
-        parsed = self.sequencer.parse(np.array([control("target"), *state.ids]))
-        assert parsed.complete, f"the grammar let through what parse refuses: {parsed.problem}"
-        return self._decoded(request, state, parsed.document).segments
-
-    def _decoded(self, request: Request, state: SampleState, document: Document, place: int = 0) -> Document:
-        """Codes of a sample's answer, or of a part of it behind so many pictures, as media."""
-        drawer, edit = self._drawer(request), state.edit
-        if edit is not None:
-            finished: Document = edit.finished(
-                drawer.decode(edit.whole(document), vokens=(), noise_seed=state.noise_seed)
-            )
-            return finished
-        return drawer.decode(document, vokens=state.vokens[place:], noise_seed=state.noise_seed, place=place)
-
-    def _sample(self, request: Request, state: SampleState, segments: tuple[Segment, ...]) -> Sample:
-        num_via, ids, is_cut = state.walk.plan.num_via, tuple(state.ids), state.walk.is_cut
-        if (earlier := state.earlier) is not None:
-            text = self._answer(request, earlier)
-            num_via, segments, ids = len(text), (*text, *segments), (*earlier.ids, *ids)
-            is_cut = is_cut or earlier.walk.is_cut
-        provenance = {
-            "anygen": __version__,
-            "torch": str(torch.__version__),
-            "bundle": self.bundle.provenance.get("name", self.bundle.folder.name),
-            "vocabulary": self.bundle.vocabulary.fingerprint,
-            "request": request.describe(),
-        }
-        ended: Literal["eos", "length"] = "length" if is_cut else "eos"
-        return Sample(
-            segments[num_via:],
-            state.seed,
-            ended if state.walk.done else "stopped",
-            ids,
-            provenance,
-            segments[:num_via],
-        )
 
     def decode(self, codes: Codes) -> Any:
         """Codes of any modality to media."""

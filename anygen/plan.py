@@ -9,8 +9,8 @@ from typing import Literal
 from anygen.sequence import BlockName
 from tokenizers_mm.codes import Modality
 
-Way = Literal["text", "text_only"]
-"""How a text comes before an answer: in one sequence with it, or as all that the answer reads."""
+Way = Literal["text", "text_only", "in_writing"]
+"""How a text comes before an answer: in one sequence with it, as all that it reads, or in place of each sound."""
 
 
 def can_stand_alone(inputs: Sequence[str], outputs: Sequence[str]) -> bool:
@@ -20,6 +20,15 @@ def can_stand_alone(inputs: Sequence[str], outputs: Sequence[str]) -> bool:
     (True, False)
     """
     return bool(inputs) and "text" not in inputs and outputs[0] not in ("text", "region")
+
+
+def can_be_in_writing(inputs: Sequence[str], outputs: Sequence[str]) -> bool:
+    """True where sounds are about something else that is given, so that their words can stand in their place.
+
+    >>> can_be_in_writing(["image", "audio"], ["audio"]), can_be_in_writing(["audio"], ["audio"])
+    (True, False)
+    """
+    return "audio" in inputs and len(set(inputs)) > 1 and len(outputs) == 1
 
 
 def can_be_read_back(inputs: Sequence[str], outputs: Sequence[str]) -> bool:

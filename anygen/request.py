@@ -109,8 +109,9 @@ class Request:
     """Steps of a diffusion decoder, 4 by default; more than 100 are refused."""
     via: Way | Literal["nothing"] | None = None
     """`text` writes what it hears or sees before it answers, and keeps that out of the answer (chain of modality,
-    SpeechGPT, arXiv 2305.11000); `text_only` answers that text as if it alone had been given, with the same seed. By
-    default the bundle knows where that helps."""
+    SpeechGPT, arXiv 2305.11000); `text_only` answers that text as if it alone had been given, with the same seed;
+    `in_writing` is for sounds about something else: their words stand in their place, and what is to be said is written
+    first (`anygen.spoken`). By default the bundle knows where that helps."""
 
     def __post_init__(self) -> None:
         if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):

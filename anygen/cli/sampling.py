@@ -50,7 +50,10 @@ def generate(
     num_inference_steps: Annotated[int | None, typer.Option(help="Steps of a diffusion decoder.")] = None,
     via: Annotated[
         str | None,
-        typer.Option(help="text: first write what is heard or seen; text_only: answer that alone; nothing: do not."),
+        typer.Option(
+            help="text: first write what is heard or seen; text_only: answer that alone; in_writing: first write what "
+            "a spoken question says; nothing: do not."
+        ),
     ] = None,
     speculative_window: Annotated[
         int | None, typer.Option(help="Codes that one pass may add; 1 is plain. The answers are the same.")

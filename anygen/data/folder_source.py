@@ -43,6 +43,8 @@ class FolderSource(SourceConfig):
     path: Path
     picture_side_px: int | None = Field(None, ge=8)
     """Shrink pictures whose longer side is above this; None keeps them."""
+    record_kind: str = Field("pair", pattern=r"[a-z_]+", exclude_if=lambda kind: kind == "pair")
+    """What a mixture calls its records (`answers:text>audio`)."""
     held_out_field: str | None = None
     """A metadata field, such as `speaker`, whose `held_out_value` goes to the split `unheard`."""
     held_out_value: str | None = None
@@ -98,10 +100,12 @@ class _Folder:
         ending = path.suffix.lower().lstrip(".")
         if ending in SOUND_TYPES:
             voice = "".join(c for c in str(item.get("speaker", "voice")) if c.isalnum()) or "voice"
-            return Record(key, "pair", captions, None, (Utterance(text, voice, flac_of(load_sound(path))),))
+            return Record(
+                key, self.config.record_kind, captions, None, (Utterance(text, voice, flac_of(load_sound(path))),)
+            )
         if ending not in PICTURE_ENDINGS:
             raise InputError(f"only pictures and {', '.join(SOUND_TYPES)} sounds are read")
-        return Record(key, "pair", captions, shrunk_png(path, self.config.picture_side_px))
+        return Record(key, self.config.record_kind, captions, shrunk_png(path, self.config.picture_side_px))
 
 
 def _metadata_rows(path: Path) -> list[Row]:

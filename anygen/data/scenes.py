@@ -140,5 +140,26 @@ def _questions(nouns: Sequence[str], counts: Sequence[int], relation: Relation) 
     return tuple(questions)
 
 
+def questions_about(noun: str) -> list[str]:
+    """Every question that scenes with this thing may raise.
+
+    >>> questions_about("cat")[:3]
+    ['how many cats are there?', 'what is left of the cat?', 'what is left of the cats?']
+    """
+    relations = (*_OPPOSITE, *_OPPOSITE.values())
+    things = (_definite(noun, 1), _definite(noun, 2))
+    asked = [f"what is {relation} {thing}?" for relation in relations for thing in things]
+    return [f"how many {pluralised(noun)} are there?", *asked]
+
+
+def answers_about(noun: str) -> list[str]:
+    """Every answer that names this thing.
+
+    >>> answers_about("cat")[:2]
+    ['a cat', 'two cats']
+    """
+    return [counted(noun, count) for count in range(1, len(NUMBER_WORDS))]
+
+
 def _definite(noun: str, count: int) -> str:
     return f"the {noun if count == 1 else pluralised(noun)}"

@@ -78,6 +78,18 @@ def test_two_captions_of_one_file_are_two_records(tmp_path: Path) -> None:
         write_shard(tmp_path / "t.tar", [records[0], records[0]])
 
 
+def test_a_folder_may_say_what_a_mixture_calls_its_records(tmp_path: Path) -> None:
+    rows = [{"file_name": "cat.png", "text": "a cat"}, {"file_name": "cat.flac", "text": "meow"}]
+    folder = folder_of(tmp_path / "d", rows)
+    (folder / "cat.flac").write_bytes(FLAC)
+    for named, kind in (({}, "pair"), ({"record_kind": "answers"}, "answers")):
+        config = FolderSource(path=folder, **named)  # type: ignore[arg-type]
+        records = [config.open().record(item) for group in config.open().items().values() for item in group]
+        write_shard(tmp_path / f"{kind}.tar", records)
+        assert [record.kind for record in RecordStore([tmp_path / f"{kind}.tar"])] == [kind] * 2
+        assert ("record_kind" in config.model_dump()) == bool(named), "recipes of before stay what they were"
+
+
 def test_bad_items_are_counted_again_after_a_restart(tmp_path: Path) -> None:
     names = [f"cat{i}.png" for i in range(99)]
     good = next(n for n in names if split_by_key(n) == "validation")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from anygen.data.emoji_pictures import FONT_PATHS
+from anygen.data.emoji_pictures import FONT_PATHS, EmojiFont
+from anygen.data.scenes import NUMBER_WORDS, answers_about, is_countable, make_scene, questions_about
 from anygen.data.speech import speak
 
 ROOT = Path(__file__).parents[2]
@@ -22,8 +23,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(out: Path, *voices: str, path: str | None = None, names: int = 2) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(SCRIPT), str(out), "--names", str(names), "--voices", *voices]
+def run(
+    out: Path, *voices: str, path: str | None = None, names: int = 2, say: str = "names"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), str(out), "--names", str(names), "--say", say, "--voices", *voices]
     env = {"PATH": path if path is not None else "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
 
@@ -55,6 +58,23 @@ def test_the_metadata_names_what_each_sound_says(tmp_path: Path) -> None:
         sound, _ = soundfile.read(tmp_path / row["file_name"], dtype="float32")
         assert np.allclose(sound, speak(row["text"], voice).samples_T, atol=1e-3)
     assert (tmp_path / rows[0]["file_name"]).read_bytes() == before, "more names go on from fewer"
+
+
+@pytest.mark.skipif(not shutil.which("flite"), reason="needs flite")
+@pytest.mark.parametrize("say", ["questions", "answers"])
+def test_voices_read_what_is_asked_and_answered_about_scenes(tmp_path: Path, say: str) -> None:
+    font, asked = EmojiFont(), set()
+    things = [emoji for emoji in font.catalogue() if is_countable(emoji)]
+    for number in range(300):
+        for pair in make_scene(things, font, side_px=32, generator=np.random.default_rng(number)).questions:
+            asked.add(pair[say == "answers"])
+    done = run(tmp_path, "flite/slt@90-100-120Hz", names=12, say=say)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert len({row["text"] for row in rows}) == len(rows) == 12
+    about = {"questions": questions_about, "answers": answers_about}[say]
+    known = {text for emoji in things for text in about(emoji.parts.subject)} | set(NUMBER_WORDS[1:])
+    assert {row["text"] for row in rows} <= known and asked <= known and len(asked) > 100
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ r"""Names of emoji in more voices, as a folder of sounds: 30 more speakers for a
 Twelve voices of festival and six of SVOX Pico, these at three pitches. Every voice reads names of the training split by
 the rules of its own language: nobody has to understand them. Those of flite and espeak-ng can be had too, where they
 are asked for (flite/awb@80 espeak/en-us+m3). What lies there already is kept, so it can be interrupted.
-`metadata.jsonl` says what each voice of the last call reads, so a folder source can take the folder.
+`metadata.jsonl` says what each voice of the last call reads, so a folder source can take the folder. In place of names
+they can read questions about scenes, or the answers to them (--say questions).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import soundfile
 
 from anygen.data.emoji_names import spoken_forms
 from anygen.data.emoji_pictures import EmojiFont
+from anygen.data.scenes import NUMBER_WORDS, answers_about, is_countable, questions_about
 from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak, speaker_of
 from anygen.errors import AnyGenError, DataError
 
@@ -112,22 +114,32 @@ def known_voice(voice: str) -> str:
     return voice
 
 
+def sayings_of(what: str) -> list[tuple[str, ...]]:
+    """Everything that can be read, each in one wording or several."""
+    emoji = [e for e in EmojiFont().catalogue() if e.split == "train"]
+    if what == "names":
+        return [tuple(spoken_forms(e.parts)) for e in emoji]
+    about = {"questions": questions_about, "answers": answers_about}[what]
+    said = [text for e in emoji if is_countable(e) for text in about(e.parts.subject)]
+    return [(text,) for text in (*said, *(NUMBER_WORDS[1:] if what == "answers" else ()))]
+
+
 def main() -> None:
     """Write OUT/ENGINE/VOICE/0000.wav and so on, and OUT/metadata.jsonl."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--names", type=int, default=500)
+    parser.add_argument("--names", type=int, default=500, help="how many each voice reads, of whatever it reads")
+    parser.add_argument("--say", choices=("names", "questions", "answers"), default="names")
     parser.add_argument("--voices", nargs="+", default=VOICES, type=known_voice, metavar="VOICE")
     options = parser.parse_args()
-    emoji = [e for e in EmojiFont().catalogue() if e.split == "train"]
+    sayings = sayings_of(options.say)
     out = options.out.resolve()
     rows = []
     for voice in options.voices:
         # All are shuffled, so that more names go on from fewer: what lies there stays what the metadata says.
-        chosen = random.Random(voice.partition("/")[2]).sample(emoji, len(emoji))[: options.names]
+        forms = random.Random(voice.partition("/")[2]).sample(sayings, len(sayings))[: options.names]
         folder = out / voice
         folder.mkdir(parents=True, exist_ok=True)
-        forms = [spoken_forms(e.parts) for e in chosen]
         texts = {folder / f"{number:04d}.wav": said[number % len(said)] for number, said in enumerate(forms)}
         try:
             told = read(voice, {path: text for path, text in texts.items() if not path.exists()})

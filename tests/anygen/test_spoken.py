@@ -1,0 +1,169 @@
+"""`via="in_writing"`: a spoken question about something else is a chain of calls, each as it would be alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from anygen.api import AnyGen
+from anygen.bundle import checked_via
+from anygen.cli.app import app
+from anygen.errors import InputError
+from anygen.plan import Way
+from anygen.request import Request
+from anygen.results import Finished, Sample, SegmentFinished
+from tokenizers_mm.media import Audio, Region
+
+PICTURE = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
+SOUND = Audio(np.sin(np.arange(1600) / 9).astype(np.float32) / 2, 16_000)
+OTHER = Audio(np.sin(np.arange(2400) / 5).astype(np.float32) / 2, 16_000)
+BOX = Region((0.1, 0.2, 0.5, 0.6))
+PLAIN: dict[str, Any] = {"temperature": 1.5, "seed": 3}
+ASKED: dict[str, Any] = {**PLAIN, "image": PICTURE, "audio": SOUND, "via": "in_writing"}
+
+
+def texts(sample: Sample) -> list[Any]:
+    return [segment.content for segment in sample.via]
+
+
+def by_hand(model: AnyGen, seed: int = 3) -> tuple[Sample, Sample, Sample]:
+    options = PLAIN | {"seed": seed}
+    heard = model.generate(**options, audio=SOUND, output="text").samples[0]
+    written = model.generate(**options, image=PICTURE, text=heard.of("text")[0], output="text").samples[0]
+    said = model.generate(**options, text=written.of("text")[0], output="audio", duration_s=0.1).samples[0]
+    return heard, written, said
+
+
+def test_it_is_the_chain_of_calls_that_one_would_make(model: AnyGen) -> None:
+    heard, written, said = by_hand(model)
+    chained = model.generate(**ASKED, output="audio", duration_s=0.1).samples[0]
+    assert texts(chained) == [heard.of("text")[0], written.of("text")[0]] and all(texts(chained))
+    assert chained.ids == (*heard.ids, *written.ids, *said.ids) and chained.seed == 3
+    assert np.array_equal(chained.of("audio")[0].samples_T, said.of("audio")[0].samples_T)
+    facts = chained.provenance["request"]
+    assert facts["via"] == "in_writing" and [given["type"] for given in facts["inputs"]] == ["image", "audio"]
+    answered = model.generate(**ASKED, output="text").samples[0]
+    assert (texts(answered), answered.of("text")) == ([heard.of("text")[0]], written.of("text"))
+
+
+def test_each_sound_and_each_sample_has_its_own(model: AnyGen) -> None:
+    first, second = by_hand(model)[0], by_hand(model, seed=4)[0]
+    samples = model.generate(**ASKED, output="text", num_samples=2).samples
+    assert [texts(sample) for sample in samples] == [[first.of("text")[0]], [second.of("text")[0]]]
+    content = [
+        {"type": "audio", "audio": SOUND},
+        {"type": "region", "region": BOX},
+        {"type": "audio", "audio": OTHER},
+    ]
+    both = model.generate(**PLAIN, content=content, output="text", via="in_writing").samples[0]
+    other = model.generate(**PLAIN, audio=OTHER, output="text").text
+    assert texts(both) == [first.of("text")[0], other]
+    words = ({"type": "text", "text": first.of("text")[0]}, {"type": "text", "text": other})
+    alone = model.generate(**PLAIN, content=[words[0], content[1], words[1]], output="text").samples[0]
+    assert both.segments == alone.segments
+
+
+def test_others_in_the_batch_are_left_alone(model: AnyGen) -> None:
+    plain = Request(**PLAIN, image=PICTURE, output="text")
+    together = model.generate_batch([plain, Request(**ASKED, output="text"), plain])
+    alone = model.generate_batch([plain])[0].samples[0]
+    assert together[0].samples[0].ids == together[2].samples[0].ids == alone.ids
+    assert together[1].samples[0].ids == model.generate(**ASKED, output="text").samples[0].ids
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_chained"),
+    [({}, True), ({"via": "nothing"}, False), ({"task": "answer"}, True), ({"task": "continue"}, False)],
+)
+def test_the_bundle_says_where_it_helps(
+    model: AnyGen, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], is_chained: bool
+) -> None:
+    ways: dict[str, Way] = {"image,audio>text": "in_writing", "image,text>text": "text"}
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, via=ways))
+    call = {**ASKED, "output": "text", "via": None} | changes
+    sample = model.generate(**call).samples[0]
+    assert len(sample.via) == (2 if is_chained else 0), "what was heard, and what the answer's own way writes"
+
+
+def test_what_is_streamed_is_the_answer(model: AnyGen) -> None:
+    call = {**ASKED, "output": "audio", "duration_s": 0.1, "num_samples": 2}
+    whole = model.generate(**call).samples
+    events = list(model.stream(**call))
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    ended = [event for event in events if isinstance(event, SegmentFinished)]
+    assert sorted((event.sample, event.segment.modality) for event in ended) == [(0, "audio"), (1, "audio")]
+    assert [s.ids for s in finished.output.samples] == [s.ids for s in whole]
+    assert [texts(s) for s in finished.output.samples] == [texts(s) for s in whole]
+    stopped = model.generate(**call, on_event=lambda _: False).samples[0]
+    assert stopped.finish_reason == "stopped" and texts(stopped) == texts(whole[0])
+
+
+def test_where_nothing_is_heard_the_chain_goes_on(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Request] = []
+    generated = model._generated
+
+    def deaf(requests: Any) -> Any:
+        asked.extend(requests)
+        (output,) = generated(requests)
+        empty = [dataclasses.replace(segment, content="") for segment in output.samples[0].segments]
+        return [dataclasses.replace(output, samples=(dataclasses.replace(output.samples[0], segments=tuple(empty)),))]
+
+    monkeypatch.setattr(model, "_generated", deaf)
+    model.generate(**ASKED, output="audio")
+    assert [request.kinds for request in asked] == [("audio",), ("image", "text"), ("text",)]
+    assert [request.inputs[-1].content for request in asked[1:]] == ["?", "?"]
+
+
+def test_a_cut_text_is_told(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    generated = model._generated
+
+    def cut(requests: Any) -> Any:
+        (output,) = generated(requests)
+        reason = "length" if requests[0].kinds == ("audio",) else "eos"
+        return [dataclasses.replace(output, samples=(dataclasses.replace(output.samples[0], finish_reason=reason),))]
+
+    monkeypatch.setattr(model, "_generated", cut)
+    assert model.generate(**ASKED, output="text").samples[0].finish_reason == "length"
+
+
+def test_a_generator_serves_all_of_its_calls(model: AnyGen) -> None:
+    def drawn() -> Sample:
+        return model.generate(**ASKED | {"generator": torch.Generator().manual_seed(1)}, output="text").samples[0]
+
+    assert drawn().ids == drawn().ids and drawn().seed is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"audio": SOUND, "output": "image"}, "got audio -> image"),
+        ({"image": PICTURE, "text": "what?", "output": "text"}, "got image, text -> text"),
+        ({"output": "text"}, "got no input -> text"),
+        ({"image": PICTURE, "audio": SOUND, "output": ("text", "audio")}, "got image, audio -> text, audio"),
+        ({"image": PICTURE, "audio": SOUND, "output": "text", "best_of": 2}, "best_of reads an answer backwards"),
+    ],
+)
+def test_what_it_is_not_for_is_refused(model: AnyGen, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model.generate(**arguments, via="in_writing")
+    with pytest.raises(InputError):
+        model.stream(**arguments, via="in_writing")
+
+
+def test_a_bundle_may_say_so_where_it_can_be() -> None:
+    assert checked_via({"image,audio>audio": "in_writing"}) == {"image,audio>audio": "in_writing"}
+    for direction in ("audio>audio", "image,text>text", "image,audio>text,audio"):
+        with pytest.raises(ValueError, match="no sound about something else"):
+            checked_via({direction: "in_writing"})
+
+
+def test_from_the_command_line() -> None:
+    done = CliRunner().invoke(app, ["generate", "--text", "a", "--output", "image", "--via", "in_writing"])
+    assert isinstance(done.exception, InputError) and "got text -> image" in str(done.exception)
