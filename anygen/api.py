@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from anygen.bundle import Bundle, load_bundle
+from anygen.chains import Chain, chains_of
 from anygen.errors import InputError
 from anygen.finishing import Finisher
 from anygen.grammar import Grammar
@@ -25,7 +26,6 @@ from anygen.results import Event, Finished, Output
 from anygen.sampling.engine import Engine
 from anygen.sampling.sampler import SampleState, sample
 from anygen.sequence import Sequencer
-from anygen.spoken import Spoken, is_in_writing
 from anygen.starting import Starter
 from anygen.streaming import Tracker
 from tokenizers_mm.codes import Codes
@@ -49,7 +49,7 @@ def _with_signature_of_request(method: Method) -> Method:
 class _Watched:
     """An answer whose ids are told as they come."""
 
-    call: Request
+    request: Request
     state: SampleState
     tracker: Tracker
 
@@ -102,14 +102,15 @@ class AnyGen:
         if not callable(on_event):
             raise InputError(f"on_event is called with every event; got {type(on_event).__name__}")
         request = Request.of(arguments)
+        watched: list[_Watched] = []
         chains, states = self._begun(request)
-        watched = self._watched(request, chains, states)
-        for event in self._events(watched):
-            if on_event(event) is False:
-                return self._so_far(watched, chains)
-        output = self._so_far(watched, chains)
-        on_event(Finished(output))
-        return output
+        for event in self._streamed(request, chains, states, watched):
+            wants_more = on_event(event)
+            if isinstance(event, Finished):
+                return event.output
+            if wants_more is False:
+                break
+        return self._so_far(chains, watched)
 
     def generate_batch(self, requests: Iterable[Request]) -> list[Output]:
         """Several requests in one batch; each answer is what it would be alone.
@@ -122,15 +123,10 @@ class AnyGen:
             if not isinstance(request, Request):
                 raise InputError(f"generate_batch takes a list of Request; got {type(request).__name__} in it")
         chains = [self._chains(request) for request in requests]
-        self._advance([chain for group in chains for chain in group])
-        calls = [
-            [chain.call() for chain in group] or [request] for request, group in zip(requests, chains, strict=True)
-        ]
-        outputs = iter(self._generated([call for group in calls for call in group]))
-        return [
-            Output(tuple(chain.whole(next(outputs).samples[0]) for chain in group)) if group else next(outputs)
-            for group in chains
-        ]
+        outputs = iter(self._generated([r for r, group in zip(requests, chains, strict=True) if not group]))
+        while going := [chain for group in chains for chain in group if not chain.is_done]:
+            self._advance(going)
+        return [Output(tuple(chain.whole() for chain in group)) if group else next(outputs) for group in chains]
 
     def _generated(self, requests: Sequence[Request]) -> list[Output]:
         requests = [with_usual_best_of(request, self.bundle.best_of) for request in requests]
@@ -146,19 +142,16 @@ class AnyGen:
             for request, group in zip(requests, kept, strict=True)
         ]
 
-    def _chains(self, request: Request) -> list[Spoken]:
-        """Of a request whose sounds are put in writing, one for each of its answers; else none."""
-        if not is_in_writing(request, self.bundle.via):
-            return []
-        if request.num_drawn > 1:
+    def _chains(self, request: Request) -> list[Chain]:
+        chains = chains_of(request, self.bundle.via)
+        if chains and request.num_drawn > 1:
             check_ranked(request)
-        return [Spoken(request, place) for place in range(request.num_samples)]
+        return chains
 
-    def _advance(self, chains: Sequence[Spoken]) -> None:
-        """Make all calls but the last of each."""
-        while going := [chain for chain in chains if not chain.is_at_the_end]:
-            for chain, output in zip(going, self._generated([chain.call() for chain in going]), strict=True):
-                chain.take(output.samples[0])
+    def _advance(self, chains: Sequence[Chain]) -> None:
+        """Make the next call of each."""
+        for chain, output in zip(chains, self._generated([chain.call() for chain in chains]), strict=True):
+            chain.take(output.samples[0])
 
     def tokenize(self, request: Request) -> list[dict[str, Any]]:
         """Of each input its `modality`, `grid`, `codes` and, in the model's vocabulary, `ids`; JSON-able.
@@ -191,42 +184,50 @@ class AnyGen:
 
     def stream_request(self, request: Request) -> Iterator[Event | Finished]:
         """`stream` of a request that is there already."""
-        return self._streamed(request, *self._begun(request))
+        return self._streamed(request, *self._begun(request), [])
 
-    def _streamed(
-        self, request: Request, chains: list[Spoken], states: list[SampleState]
-    ) -> Iterator[Event | Finished]:
-        watched = self._watched(request, chains, states)
-        yield from self._events(watched)
-        yield Finished(self._so_far(watched, chains))
-
-    def _begun(self, request: Request) -> tuple[list[Spoken], list[SampleState]]:
+    def _begun(self, request: Request) -> tuple[list[Chain], list[SampleState]]:
         """Of a request that will be watched what can be checked before any work: its chains, or else its states."""
         if request.num_drawn > 1:
             raise InputError("best_of chooses among whole answers: it cannot be streamed or watched by on_event")
         chains = self._chains(request)
         return chains, self._states(chains[0].call() if chains else request)
 
-    def _watched(self, request: Request, chains: list[Spoken], states: list[SampleState]) -> list[_Watched]:
-        """Its answers, each about to be drawn; whatever comes before them is done."""
-        self._advance(chains)
-        calls = [chain.call() for chain in chains] or [request]
-        groups = self._answering(calls, [self._states(call) for call in calls] if chains else [states])
-        pairs = [(call, state) for call, group in zip(calls, groups, strict=True) for state in group]
+    def _streamed(
+        self, request: Request, chains: list[Chain], states: list[SampleState], watched: list[_Watched]
+    ) -> Iterator[Event | Finished]:
+        """What happens; `watched` holds what is being drawn whenever an event comes."""
+        if not chains:
+            watched[:] = self._watched([request], [states])
+            yield from self._events(watched)
+        while chains and not chains[0].is_done:
+            if not chains[0].is_answering:
+                self._advance(chains)
+                continue
+            calls = [chain.call() for chain in chains]
+            watched[:] = self._watched(calls, [self._states(call) for call in calls])
+            yield from self._events(watched)
+            self._so_far(chains, watched)
+            watched.clear()
+        yield Finished(self._so_far(chains, watched))
+
+    def _watched(self, requests: Sequence[Request], states: list[list[SampleState]]) -> list[_Watched]:
+        groups = self._answering(requests, states)
+        pairs = [(request, state) for request, group in zip(requests, groups, strict=True) for state in group]
         return [
             _Watched(
-                call,
+                request,
                 state,
                 Tracker(
                     index,
                     state.walk,
                     self.sequencer,
                     self.bundle.tokenizers,
-                    functools.partial(self._finisher.decoded, call, state),
+                    functools.partial(self._finisher.decoded, request, state),
                     state.edit,
                 ),
             )
-            for index, (call, state) in enumerate(pairs)
+            for index, (request, state) in enumerate(pairs)
         ]
 
     def _events(self, watched: list[_Watched]) -> Iterator[Event]:
@@ -234,11 +235,13 @@ class AnyGen:
             for index, id in pairs:
                 yield from watched[index].tracker.push(id)
 
-    def _so_far(self, watched: list[_Watched], chains: list[Spoken]) -> Output:
-        samples = [self._finisher.sample(each.call, each.state, each.tracker.so_far) for each in watched]
-        if chains:
-            samples = [chain.whole(last) for chain, last in zip(chains, samples, strict=True)]
-        return Output(tuple(samples))
+    def _so_far(self, chains: list[Chain], watched: list[_Watched]) -> Output:
+        samples = [self._finisher.sample(each.request, each.state, each.tracker.so_far) for each in watched]
+        if not chains:
+            return Output(tuple(samples))
+        for chain, drawn in zip(chains, samples, strict=False):
+            chain.take(drawn)
+        return Output(tuple(chain.whole() for chain in chains))
 
     @property
     def _finisher(self) -> Finisher:

@@ -24,7 +24,7 @@ from anygen.documents import Tokenizers
 from anygen.errors import CheckpointError, InputError
 from anygen.files import MANIFEST, publishing, read_json, verify, write_json
 from anygen.layout import Layout
-from anygen.plan import Way, can_be_in_writing, can_be_read_back, can_stand_alone
+from anygen.plan import Way, can_be_read_back, misfit
 from anygen.sampling.choose import SamplingOptions
 from anygen.vocabulary import Vocabulary
 from decoders.carried import carried, open_renderer
@@ -189,10 +189,8 @@ def checked_via(facts: Mapping[str, Any]) -> dict[str, Way]:
         inputs, _, outputs = direction.partition(">")
         if way not in get_args(Way) or not outputs or outputs == "any":
             raise ValueError(f"via holds directions, to any but 'any', each with one of {get_args(Way)}; got {facts!r}")
-        if way == "text_only" and not can_stand_alone(inputs.split(",") if inputs else (), outputs.split(",")):
-            raise ValueError(f"via: a text cannot stand alone in {direction!r}")
-        if way == "in_writing" and not can_be_in_writing(inputs.split(","), outputs.split(",")):
-            raise ValueError(f"via: {direction!r} has no sound about something else that could be put in writing")
+        if unfit := misfit(way, inputs.split(",") if inputs else (), outputs.split(",")):
+            raise ValueError(f"via: {way!r} {unfit}; it cannot be that of {direction!r}")
     return dict(facts)
 
 

@@ -9,26 +9,28 @@ from typing import Literal
 from anygen.sequence import BlockName
 from tokenizers_mm.codes import Modality
 
-Way = Literal["text", "text_only", "in_writing"]
-"""How a text comes before an answer: in one sequence with it, as all that it reads, or in place of each sound."""
+Way = Literal["text", "text_only", "in_writing", "one_by_one"]
+"""What leads to an answer: a text in one sequence with it, a text as all that it reads, or calls one after another
+(`anygen.chains`)."""
 
 
-def can_stand_alone(inputs: Sequence[str], outputs: Sequence[str]) -> bool:
-    """True where a text can be all that an answer reads: it tells of a picture or sound, and is not the answer itself.
+def misfit(way: Way, inputs: Sequence[str], outputs: Sequence[str]) -> str:
+    """What a way is for, where it cannot lead from these inputs to these outputs; empty where it can.
 
-    >>> can_stand_alone(["audio"], ["image"]), can_stand_alone(["image", "text"], ["text"])
-    (True, False)
+    >>> misfit("text_only", ["image"], ["audio"]), misfit("in_writing", ["image", "audio"], ["audio"])
+    ('', '')
+    >>> misfit("text_only", ["text"], ["audio"])
+    'answers a text in place of a picture or sound, with another medium'
     """
-    return bool(inputs) and "text" not in inputs and outputs[0] not in ("text", "region")
-
-
-def can_be_in_writing(inputs: Sequence[str], outputs: Sequence[str]) -> bool:
-    """True where sounds are about something else that is given, so that their words can stand in their place.
-
-    >>> can_be_in_writing(["image", "audio"], ["audio"]), can_be_in_writing(["audio"], ["audio"])
-    (True, False)
-    """
-    return "audio" in inputs and len(set(inputs)) > 1 and len(outputs) == 1
+    if way == "text_only" and (not inputs or "text" in inputs or outputs[0] in ("text", "region")):
+        return "answers a text in place of a picture or sound, with another medium"
+    if way == "in_writing" and ("audio" not in inputs or len(set(inputs)) < 2 or len(outputs) > 1):
+        return "hears sounds beside something else, and gives one output"
+    if way == "one_by_one":
+        from_text = list(inputs) == ["text"] or (bool(inputs) and outputs[0] == "text")
+        if not from_text or len(outputs) < 2 or len(set(outputs)) < len(outputs):
+            return "gives several outputs, no two of a kind, of a text or with a text first"
+    return ""
 
 
 def can_be_read_back(inputs: Sequence[str], outputs: Sequence[str]) -> bool:

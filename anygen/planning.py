@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from anygen.errors import InputError
 from anygen.inputs import check_duration, sides_of
 from anygen.layout import Layout
-from anygen.plan import Block, Plan, Way
+from anygen.plan import Block, Plan, Way, misfit
 from anygen.request import Request
 from anygen.vocabulary import NUM_NUMBERS
 from tokenizers_mm.codes import MODALITIES, Modality
@@ -23,6 +23,14 @@ def way_of(request: Request, usual: Mapping[str, Way]) -> Way | None:
         return None
     inputs = ",".join(segment.modality for segment in request.inputs)
     return usual.get(f"{inputs}>{','.join(request.outputs)}")
+
+
+def check_way(way: Way | None, request: Request) -> None:
+    """Raise InputError where this way is none for the request."""
+    if way is not None and (unfit := misfit(way, request.kinds, request.outputs)):
+        raise InputError(
+            f"via={way!r} {unfit}; got {', '.join(request.kinds) or 'no input'} -> {', '.join(request.outputs)}"
+        )
 
 
 def ids_of_via(room: int) -> int:

@@ -111,7 +111,7 @@ class Request:
     """`text` writes what it hears or sees before it answers, and keeps that out of the answer (chain of modality,
     SpeechGPT, arXiv 2305.11000); `text_only` answers that text as if it alone had been given, with the same seed;
     `in_writing` is for sounds about something else: their words stand in their place, and what is to be said is written
-    first (`anygen.spoken`). By default the bundle knows where that helps."""
+    first; `one_by_one` makes each of several outputs by itself (`anygen.chains`). By default the bundle decides."""
 
     def __post_init__(self) -> None:
         if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):
@@ -143,7 +143,7 @@ class Request:
             self._take_integer("num_inference_steps", 1, 100)
         self._check_edit()
         if self.via in get_args(Way) and (self.edited is not None or self.outputs[0] == "any"):
-            raise InputError(f"via={self.via!r} writes a text before what was asked for: not edits, nor {self.outputs}")
+            raise InputError(f"via={self.via!r} is neither for edits nor for output 'any'; got {self.outputs}")
         made = "" if self.task in (None, "answer") else _TASK_OUTPUT.get(self.task, "")  # answers may be spoken
         first = {self.outputs[0], *(("text",) if self.via == "text" else ())}  # or of what is written first
         if made and not first & {made, "any"}:

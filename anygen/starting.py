@@ -14,8 +14,8 @@ from anygen.drawing import noise_seed
 from anygen.editing import edit_of, infills
 from anygen.errors import InputError
 from anygen.grammar import Grammar
-from anygen.plan import Block, Plan, Way, can_stand_alone
-from anygen.planning import ids_of_via, plan_of, way_of
+from anygen.plan import Block, Plan, Way
+from anygen.planning import check_way, ids_of_via, plan_of, way_of
 from anygen.request import Request
 from anygen.sampling.sampler import SampleState
 from anygen.sequence import Sequencer
@@ -124,12 +124,8 @@ class Starter:
 
     def _way(self, request: Request) -> Way | None:
         way = way_of(request, self._bundle.via)
-        if way == "text_only" and not can_stand_alone(request.kinds, request.outputs):
-            raise InputError(
-                "via='text_only' answers a text in place of a picture or sound, with another medium; "
-                f"got {', '.join(request.kinds) or 'no input'} -> {', '.join(request.outputs)}"
-            )
-        return way
+        check_way(way, request)
+        return way if way in ("text", "text_only") else None  # the others are chains of calls: `anygen.chains`
 
     def _plan(self, request: Request, via: Modality | None, room: int) -> Plan:
         tokenizers = self._bundle.tokenizers

@@ -52,7 +52,7 @@ def generate(
         str | None,
         typer.Option(
             help="text: first write what is heard or seen; text_only: answer that alone; in_writing: first write what "
-            "a spoken question says; nothing: do not."
+            "a spoken question says; one_by_one: several outputs, each by itself; nothing: none of these."
         ),
     ] = None,
     speculative_window: Annotated[

@@ -241,15 +241,15 @@ def test_the_best_of_several_is_judged_step_by_step(chained: AnyGen, monkeypatch
     [
         (
             {"audio": SOUND, "output": "image", "via": "image"},
-            "unknown via 'image'; expected one of text, text_only, nothing",
+            "unknown via 'image'; expected one of text, text_only, in_writing, one_by_one, nothing",
         ),
         ({"audio": SOUND, "output": "image", "via": 3}, "unknown via 3"),
-        ({"audio": SOUND, "output": "any", "via": "text"}, "before what was asked for"),
+        ({"audio": SOUND, "output": "any", "via": "text"}, "neither for edits nor for output 'any'"),
         (
             {"audio": SOUND, "output": "any", "via": "text_only"},
-            "via='text_only' writes a text before what was asked for",
+            "via='text_only' is neither for edits",
         ),
-        ({"image": PICTURE, "mask": np.eye(16, dtype=bool), "via": "text"}, "before what was asked for: not edits"),
+        ({"image": PICTURE, "mask": np.eye(16, dtype=bool), "via": "text"}, "neither for edits nor for output 'any'"),
     ],
 )
 def test_what_it_is_not_for_is_refused(arguments: dict[str, Any], message: str) -> None:
@@ -299,7 +299,7 @@ def test_the_stage_writes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(stage, "save_bundle", lambda *_, via, best_of, **__: written.append((via, best_of)))
     stage.main(BundleConfig(root=tmp_path, name="a", via={"audio>image": "text"}, best_of={"text>image": 8}))
     assert written == [({"audio>image": "text"}, {"text>image": 8})]
-    with pytest.raises(ConfigError, match="a text cannot stand alone in 'image,text>text'"):
+    with pytest.raises(ConfigError, match="it cannot be that of 'image,text>text'"):
         build(BundleConfig, {"name": "a", "via": {"image,text>text": "text_only"}}, source="test")
 
 

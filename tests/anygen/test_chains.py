@@ -1,4 +1,4 @@
-"""`via="in_writing"`: a spoken question about something else is a chain of calls, each as it would be alone."""
+"""`via="in_writing"` and `"one_by_one"`: chains of calls, each of them as it would be alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from anygen.cli.app import app
 from anygen.errors import InputError
 from anygen.plan import Way
 from anygen.request import Request
-from anygen.results import Finished, Sample, SegmentFinished
+from anygen.results import Finished, Sample, SegmentFinished, SegmentStarted
 from tokenizers_mm.media import Audio, Region
 
 PICTURE = Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
@@ -110,6 +110,8 @@ def test_where_nothing_is_heard_the_chain_goes_on(model: AnyGen, monkeypatch: py
     generated = model._generated
 
     def deaf(requests: Any) -> Any:
+        if not requests:
+            return []
         asked.extend(requests)
         (output,) = generated(requests)
         empty = [dataclasses.replace(segment, content="") for segment in output.samples[0].segments]
@@ -125,6 +127,8 @@ def test_a_cut_text_is_told(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> N
     generated = model._generated
 
     def cut(requests: Any) -> Any:
+        if not requests:
+            return []
         (output,) = generated(requests)
         reason = "length" if requests[0].kinds == ("audio",) else "eos"
         return [dataclasses.replace(output, samples=(dataclasses.replace(output.samples[0], finish_reason=reason),))]
@@ -140,28 +144,84 @@ def test_a_generator_serves_all_of_its_calls(model: AnyGen) -> None:
     assert drawn().ids == drawn().ids and drawn().seed is None
 
 
+def test_several_outputs_one_by_one_are_calls_of_their_own(model: AnyGen) -> None:
+    call: dict[str, Any] = {**PLAIN, "text": "a cat", "duration_s": 0.1, "size": 16}
+    both = model.generate(**call, output=("image", "audio"), via="one_by_one").samples[0]
+    drawn, said = (model.generate(**call, output=kind).samples[0] for kind in ("image", "audio"))
+    assert both.ids == (*drawn.ids, *said.ids) and [s.modality for s in both.segments] == ["image", "audio"]
+    assert both.via == () and both.provenance["request"]["output"] == ["image", "audio"]
+    assert both.ids != model.generate(**call, output=("image", "audio")).samples[0].ids
+
+
+def test_after_a_text_the_others_come_of_it(model: AnyGen) -> None:
+    call: dict[str, Any] = {**PLAIN, "duration_s": 0.1}
+    both = model.generate(**call, image=PICTURE, output=("text", "audio"), via="one_by_one").samples[0]
+    named = model.generate(**call, image=PICTURE, output="text").samples[0]
+    said = model.generate(**call, text=named.of("text")[0], output="audio").samples[0]
+    assert both.ids == (*named.ids, *said.ids) and both.of("text") == named.of("text")
+
+
+def test_one_by_one_is_streamed_one_by_one(model: AnyGen) -> None:
+    call = {**PLAIN, "text": "a cat", "output": ("image", "audio"), "duration_s": 0.1, "size": 16, "via": "one_by_one"}
+    whole = model.generate(**call, num_samples=2).samples
+    events = list(model.stream(**call, num_samples=2))
+    ended = [(e.segment.modality, e.sample) for e in events if isinstance(e, SegmentFinished)]
+    assert sorted(ended[:2]) == [("image", 0), ("image", 1)] and sorted(ended[2:]) == [("audio", 0), ("audio", 1)]
+    assert isinstance(events[-1], Finished) and [s.ids for s in events[-1].output.samples] == [s.ids for s in whole]
+
+    def until_drawn(event: Any) -> bool:
+        return not isinstance(event, SegmentStarted) or event.modality != "audio"
+
+    stopped = model.generate(**call, on_event=until_drawn).samples[0]
+    assert stopped.finish_reason == "stopped" and [s.modality for s in stopped.segments] == ["image"]
+
+
+def test_a_budget_is_one_for_all_outputs_unless_the_way_is_asked_for(
+    model: AnyGen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: dict[str, Way] = {"text>image,audio": "one_by_one"}
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, via=ways))
+    call = {**PLAIN, "text": "a cat", "output": ("image", "audio")}
+    assert model.generate(**call).samples[0].ids == model.generate(**call, via="one_by_one").samples[0].ids
+    assert len(model.generate(**call, max_new_tokens=50).samples[0].ids) <= 50
+    each = model.generate(**call, max_new_tokens=50, via="one_by_one").samples[0]
+    ends = each.ids.count(model.bundle.vocabulary.control("eos"))
+    assert ends == 2 and len(each.ids) <= 100
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"audio": SOUND, "output": "image"}, "got audio -> image"),
-        ({"image": PICTURE, "text": "what?", "output": "text"}, "got image, text -> text"),
-        ({"output": "text"}, "got no input -> text"),
-        ({"image": PICTURE, "audio": SOUND, "output": ("text", "audio")}, "got image, audio -> text, audio"),
-        ({"image": PICTURE, "audio": SOUND, "output": "text", "best_of": 2}, "best_of reads an answer backwards"),
+        ({"via": "in_writing", "audio": SOUND, "output": "image"}, "got audio -> image"),
+        ({"via": "in_writing", "image": PICTURE, "text": "what?", "output": "text"}, "got image, text -> text"),
+        ({"via": "in_writing", "output": "text"}, "got no input -> text"),
+        ({**ASKED, "output": ("text", "audio")}, "got image, audio -> text, audio"),
+        ({**ASKED, "output": "text", "best_of": 2}, "best_of reads an answer backwards"),
+        ({"via": "one_by_one", "text": "a", "output": "image"}, "gives several outputs"),
+        ({"via": "one_by_one", "text": "a", "output": ("image", "image")}, "no two of a kind"),
+        ({"via": "one_by_one", "image": PICTURE, "output": ("audio", "text")}, "got image -> audio, text"),
+        ({"via": "one_by_one", "output": ("text", "image")}, "got no input -> text, image"),
     ],
 )
 def test_what_it_is_not_for_is_refused(model: AnyGen, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        model.generate(**arguments, via="in_writing")
+        model.generate(**arguments)
     with pytest.raises(InputError):
-        model.stream(**arguments, via="in_writing")
+        model.stream(**arguments)
 
 
-def test_a_bundle_may_say_so_where_it_can_be() -> None:
-    assert checked_via({"image,audio>audio": "in_writing"}) == {"image,audio>audio": "in_writing"}
-    for direction in ("audio>audio", "image,text>text", "image,audio>text,audio"):
-        with pytest.raises(ValueError, match="no sound about something else"):
-            checked_via({direction: "in_writing"})
+@pytest.mark.parametrize(
+    ("way", "fitting", "others"),
+    [
+        ("in_writing", "image,audio>audio", ("audio>audio", "image,text>text", "image,audio>text,audio")),
+        ("one_by_one", "text>image,audio", ("text>image", "image>audio,text", "text>image,image", ">text,image")),
+    ],
+)
+def test_a_bundle_may_say_so_where_it_can_be(way: Way, fitting: str, others: tuple[str, ...]) -> None:
+    assert checked_via({fitting: way}) == {fitting: way}
+    for direction in others:
+        with pytest.raises(ValueError, match=f"it cannot be that of '{direction}'"):
+            checked_via({direction: way})
 
 
 def test_from_the_command_line() -> None:
