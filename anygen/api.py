@@ -103,7 +103,7 @@ class AnyGen:
             raise InputError(f"on_event is called with every event; got {type(on_event).__name__}")
         request = Request.of(arguments)
         watched: list[_Watched] = []
-        chains, states = self._begun(request)
+        request, chains, states = self._begun(request)
         for event in self._streamed(request, chains, states, watched):
             wants_more = on_event(event)
             if isinstance(event, Finished):
@@ -129,7 +129,7 @@ class AnyGen:
         return [Output(tuple(chain.whole() for chain in group)) if group else next(outputs) for group in chains]
 
     def _generated(self, requests: Sequence[Request]) -> list[Output]:
-        requests = [with_usual_best_of(request, self.bundle.best_of) for request in requests]
+        requests = [with_usual_best_of(request, self.bundle.best_of, self.bundle.defaults) for request in requests]
         states = self._answering(requests, [self._states(request) for request in requests])
         for _ in sample(self.engine, [state for group in states for state in group]):
             pass
@@ -143,9 +143,12 @@ class AnyGen:
         ]
 
     def _chains(self, request: Request) -> list[Chain]:
-        chains = chains_of(request, self.bundle.via)
+        chains = chains_of(request, self.bundle.via, self.bundle.best_of)
         if chains and request.num_drawn > 1:
             check_ranked(request)
+        if chains:
+            self._finisher.drawer(request).check()
+            self._starter.check(request)
         return chains
 
     def _advance(self, chains: Sequence[Chain]) -> None:
@@ -184,14 +187,16 @@ class AnyGen:
 
     def stream_request(self, request: Request) -> Iterator[Event | Finished]:
         """`stream` of a request that is there already."""
-        return self._streamed(request, *self._begun(request), [])
+        return self._streamed(*self._begun(request), [])
 
-    def _begun(self, request: Request) -> tuple[list[Chain], list[SampleState]]:
-        """Of a request that will be watched what can be checked before any work: its chains, or else its states."""
+    def _begun(self, request: Request) -> tuple[Request, list[Chain], list[SampleState]]:
+        """A request that will be watched, with its chains, or else its states: what is wrong with it is told now."""
         if request.num_drawn > 1:
             raise InputError("best_of chooses among whole answers: it cannot be streamed or watched by on_event")
+        if self.bundle.best_of:
+            request = request.with_best_of(1)
         chains = self._chains(request)
-        return chains, self._states(chains[0].call() if chains else request)
+        return request, chains, self._states(chains[0].call() if chains else request)
 
     def _streamed(
         self, request: Request, chains: list[Chain], states: list[SampleState], watched: list[_Watched]
@@ -239,7 +244,7 @@ class AnyGen:
         samples = [self._finisher.sample(each.request, each.state, each.tracker.so_far) for each in watched]
         if not chains:
             return Output(tuple(samples))
-        for chain, drawn in zip(chains, samples, strict=False):
+        for chain, drawn in zip(chains, samples, strict=True) if samples else ():
             chain.take(drawn)
         return Output(tuple(chain.whole() for chain in chains))
 

@@ -10,157 +10,168 @@ Two ways (`Request.via`) are such chains:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from anygen.documents import Segment
 from anygen.plan import Way
 from anygen.planning import check_way, way_of
-from anygen.request import Request
+from anygen.request import MAX_SAMPLES, Request
 from anygen.results import Sample
 
 _NOTHING = "?"
 """In place of words where none were heard or written: no call takes an empty text."""
+_FOR_TEXT: Mapping[str, Any] = {
+    "output": "text",
+    "decoder": "codes",
+    **dict.fromkeys(("task", "max_new_tokens", "size", "duration_s", "num_inference_steps")),
+}
+"""Of a call on the way, to which nothing applies that is about the answer's form."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    given: Sequence[Segment]
+    changes: Mapping[str, Any]
+    """Of the request, beside its inputs."""
+    is_answer: bool
+    """False where it is on the way to what was asked for."""
+
+
+Following = Callable[[Request, Sequence[Sample]], _Call | None]
+"""What is called next, after such samples; None where nothing is."""
+
+
+def _in_writing(request: Request, made: Sequence[Sample]) -> _Call | None:
+    sounds = [segment for segment in request.inputs if segment.modality == "audio"]
+    if len(made) < len(sounds):
+        return _Call([sounds[len(made)]], _FOR_TEXT, is_answer=False)
+    task = None if request.own_task == "speak" else request.own_task  # that is what the last call does anyway
+    is_said = request.outputs == ("audio",)
+    if len(made) == len(sounds):
+        words = iter([heard.segments[0] for heard in made])
+        asked = [next(words) if segment.modality == "audio" else segment for segment in request.inputs]
+        changes = {**_FOR_TEXT, "task": task} if is_said else {"task": task}
+        return _Call(asked, changes, is_answer=not is_said)
+    if is_said and len(made) == len(sounds) + 1:
+        return _Call(made[-1].segments[:1], {"task": None}, is_answer=True)
+    return None
+
+
+def _one_by_one(request: Request, made: Sequence[Sample]) -> _Call | None:
+    if len(made) == len(request.outputs):
+        return None
+    changes = {"output": request.outputs[len(made)], "task": None if made else request.own_task}
+    is_told = bool(made) and request.outputs[0] == "text"
+    return _Call(made[0].segments[:1] if is_told else request.inputs, changes, is_answer=True)
+
+
+_FOLLOWING: Mapping[Way, Following] = {"in_writing": _in_writing, "one_by_one": _one_by_one}
+
+
+@dataclass
 class Chain:
     """One answer to a request, call by call.
 
-    Args:
+    Attributes:
         request: what is asked for.
-        place: which of its answers this is; it is drawn as that one, in every call.
+        following: says what is called next.
+        randomness: `seed` or `generator` of every call.
     """
 
-    def __init__(self, request: Request, place: int) -> None:
-        self._request = request
-        generator, seed = request.generators()[place]
-        self._randomness: dict[str, Any] = {"generator": generator} if seed is None else {"seed": seed}
-        self._samples: list[Sample] = []
+    request: Request
+    following: Following
+    randomness: Mapping[str, Any]
+    _made: list[tuple[_Call, Sample]] = field(default_factory=list)
 
     @property
     def is_done(self) -> bool:
         """True where no call is left."""
-        raise NotImplementedError
+        return self._next is None
 
     @property
     def is_answering(self) -> bool:
         """True where the next call gives what was asked for, or a part of it."""
-        raise NotImplementedError
+        return self._next is not None and self._next.is_answer
+
+    @property
+    def _next(self) -> _Call | None:
+        return self.following(self.request, [sample for _, sample in self._made])
 
     def call(self) -> Request:
         """The next call."""
-        raise NotImplementedError
+        following = self._next
+        assert following is not None, "a chain that is done has no next call"
+        content = [{"type": s.modality, s.modality: _words(s.content)} for s in following.given]
+        media: dict[str, Any] = {"text": None, "image": None, "audio": None, "content": content}
+        return replace(self.request, num_samples=1, via=None, **self.randomness, **media, **following.changes)
 
     def take(self, sample: Sample) -> None:
-        """What the call gave."""
-        self._samples.append(sample)
+        """What the next call gave."""
+        following = self._next
+        assert following is not None, "a chain that is done takes nothing more"
+        self._made.append((following, sample))
 
     def whole(self) -> Sample:
-        """The answer, as far as it goes, with what was written before it in `via`."""
-        raise NotImplementedError
+        """The answer, as far as it goes.
 
-    def _call(self, given: Sequence[Segment], **changes: Any) -> Request:
-        content = [{"type": s.modality, s.modality: _NOTHING if s.content == "" else s.content} for s in given]
-        media: dict[str, Any] = {"text": None, "image": None, "audio": None, "content": content}
-        return replace(self._request, num_samples=1, via=None, **self._randomness, **media, **changes)
-
-    def _joined(self, segments: Sequence[Segment], via: Sequence[Segment]) -> Sample:
-        last, reasons = self._samples[-1], {sample.finish_reason for sample in self._samples}
+        `via` holds what was written on the way, `seed` is the first of the seeds that were drawn from, and `calls` in
+        its provenance says which answer of each call was kept.
+        """
+        samples = [sample for _, sample in self._made]
+        reasons, last = {sample.finish_reason for sample in samples}, samples[-1]
+        was_stopped = "stopped" in reasons or not self.is_done
+        ended: Literal["length", "eos"] = "length" if "length" in reasons else "eos"
+        calls = [
+            {"output": asked.get("output"), "seed": sample.seed, "best_of": asked.get("best_of", 1)}
+            for sample in samples
+            for asked in [sample.provenance["request"]]
+        ]
         return replace(
             last,
-            segments=tuple(segments),
-            via=tuple(via),
-            ids=tuple(id for sample in self._samples for id in sample.ids),
-            finish_reason="length" if reasons == {"eos", "length"} else last.finish_reason,
-            provenance={**last.provenance, "request": self._request.describe()},
+            segments=tuple(segment for call, sample in self._made if call.is_answer for segment in sample.segments),
+            via=tuple(
+                segment
+                for call, sample in self._made
+                for segment in (*sample.via, *(() if call.is_answer else sample.segments))
+            ),
+            ids=tuple(id for sample in samples for id in sample.ids),
+            seed=self.randomness.get("seed"),
+            finish_reason="stopped" if was_stopped else ended,
+            provenance={**last.provenance, "request": self.request.describe(), "calls": calls},
         )
 
 
-class InWriting(Chain):
-    """Sounds are heard, what is asked is answered in writing, and said where it is to be sound."""
-
-    @property
-    def _sounds(self) -> list[Segment]:
-        return [segment for segment in self._request.inputs if segment.modality == "audio"]
-
-    @property
-    def _num_calls(self) -> int:
-        return len(self._sounds) + (2 if self._request.outputs == ("audio",) else 1)
-
-    @property
-    def is_done(self) -> bool:
-        """True where no call is left."""
-        return len(self._samples) == self._num_calls
-
-    @property
-    def is_answering(self) -> bool:
-        """True where the next call is the last."""
-        return len(self._samples) == self._num_calls - 1
-
-    def call(self) -> Request:
-        """The next call."""
-        sounds, number = self._sounds, len(self._samples)
-        if number < len(sounds):
-            return self._for_text([sounds[number]], None)
-        if number > len(sounds):
-            return self._call(self._samples[-1].segments[:1], task=None)
-        words = iter([heard.segments[0] for heard in self._samples])
-        asked = [next(words) if segment.modality == "audio" else segment for segment in self._request.inputs]
-        return self._call(asked) if self.is_answering else self._for_text(asked, self._request.own_task)
-
-    def whole(self) -> Sample:
-        """The answer, with all that was heard and written before it."""
-        *before, last = self._samples
-        texts = [segment for sample in before for segment in (*sample.via, *sample.segments)]
-        return self._joined(last.segments, [*texts, *last.via])
-
-    def _for_text(self, given: Sequence[Segment], task: str | None) -> Request:
-        """A call for which nothing holds that is about the answer's form."""
-        plain = {"max_new_tokens": None, "size": None, "duration_s": None, "num_inference_steps": None}
-        return self._call(given, output="text", task=task, decoder="codes", best_of=1, **plain)
+def _words(content: Any) -> Any:
+    return _NOTHING if isinstance(content, str) and not content.strip() else content
 
 
-class OneByOne(Chain):
-    """Every output is a call of its own."""
-
-    @property
-    def is_done(self) -> bool:
-        """True where no call is left."""
-        return len(self._samples) == len(self._request.outputs)
-
-    @property
-    def is_answering(self) -> bool:
-        """Always: each call gives a part of what was asked for."""
-        return True
-
-    def call(self) -> Request:
-        """The next call."""
-        output = self._request.outputs[len(self._samples)]
-        if self._samples and self._request.outputs[0] == "text":
-            return self._call(self._samples[0].segments[:1], output=output, task=None)
-        task = self._request.own_task if not self._samples else None
-        return self._call(self._request.inputs, output=output, task=task)
-
-    def whole(self) -> Sample:
-        """All of them, in the order in which they were asked for."""
-        made = self._samples
-        return self._joined([s for each in made for s in each.segments], [s for each in made for s in each.via])
-
-
-def chains_of(request: Request, usual: Mapping[str, Way]) -> list[Chain]:
+def chains_of(request: Request, ways: Mapping[str, Way], best_of: Mapping[str, int]) -> list[Chain]:
     """Of a request that is answered by such a chain, one for each answer; else none.
+
+    A chain draws from seeds of its own, as many as the best of several takes: two answers share no draw.
 
     Args:
         request: what is asked for.
-        usual: the bundle's ways, by direction.
+        ways: what is usual on this model, by direction.
+        best_of: how many answers it usually draws, by direction.
 
     Raises:
         InputError: a chain is asked for that cannot be.
     """
-    way = way_of(request, usual)
+    way = way_of(request, ways)
     check_way(way, request)
-    kind = {"in_writing": InWriting, "one_by_one": OneByOne}.get(way or "")
-    if kind is None or (kind is OneByOne and request.via is None and request.max_new_tokens is not None):
+    following = _FOLLOWING.get(way) if way else None
+    if following is None:
+        return []
+    if way == "one_by_one" and request.via is None and request.max_new_tokens is not None:
         return []  # a budget that is given is one for all outputs
-    return [kind(request, place) for place in range(request.num_samples)]
+    width = max([1, *best_of.values()]) if request.best_of is None else 1
+    if width > 1 and request.num_samples * width > MAX_SAMPLES:
+        request, width = request.with_best_of(1), 1
+    drawn = request.with_best_of(width).generators()[::width]
+    return [
+        Chain(request, following, {"generator": generator} if seed is None else {"seed": seed})
+        for generator, seed in drawn
+    ]

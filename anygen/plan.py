@@ -28,8 +28,9 @@ def misfit(way: Way, inputs: Sequence[str], outputs: Sequence[str]) -> str:
         return "hears sounds beside something else, and gives one output"
     if way == "one_by_one":
         from_text = list(inputs) == ["text"] or (bool(inputs) and outputs[0] == "text")
-        if not from_text or len(outputs) < 2 or len(set(outputs)) < len(outputs):
-            return "gives several outputs, no two of a kind, of a text or with a text first"
+        is_asked_aloud = "audio" in inputs and len(set(inputs)) > 1
+        if not from_text or is_asked_aloud or "region" in outputs or not 1 < len(outputs) == len(set(outputs)):
+            return "makes several of text, image and audio, no two of a kind, of a text or with a text first"
     return ""
 
 

@@ -20,6 +20,7 @@ from anygen.documents import Document, Segment, default_task
 from anygen.errors import InputError
 from anygen.plan import can_be_read_back
 from anygen.request import MAX_SAMPLES, Request
+from anygen.sampling.choose import SamplingOptions
 from anygen.sampling.likelihood import answer_nats
 from anygen.sampling.sampler import SampleState
 from anygen.sequence import Sequencer
@@ -30,14 +31,22 @@ def is_ranked(request: Request) -> bool:
     return can_be_read_back(request.kinds, request.outputs)
 
 
-def with_usual_best_of(request: Request, usual: Mapping[str, int]) -> Request:
+def with_usual_best_of(request: Request, usual: Mapping[str, int], defaults: Mapping[str, SamplingOptions]) -> Request:
     """The request, drawing as many answers as is usual for its direction where it does not say how many.
 
-    One answer where all of them would be the same (temperature 0), or cannot be compared.
+    One answer where all of them would be the same, or cannot be compared.
+
+    Args:
+        request: what is asked for.
+        usual: direction to how many are drawn.
+        defaults: sampling options of the model, by modality.
     """
-    if request.best_of is not None or request.own_task is not None or request.temperature == 0:
+    if not usual or request.best_of is not None or request.own_task is not None:
         return request
     if not is_ranked(request) or request.decoder == "voken":
+        return request
+    options = request.options(defaults)
+    if all(options[name].is_greedy for name in (request.outputs[0], "control")):
         return request
     number = min(usual.get(f"{request.kinds[0]}>{request.outputs[0]}", 1), MAX_SAMPLES // request.num_samples)
     return request.with_best_of(number) if number > 1 else request

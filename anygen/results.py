@@ -27,7 +27,8 @@ class Sample:
     segments: tuple[Segment, ...]
     """Media, in the order in which they were generated."""
     seed: int | None
-    """The seed of this very sample; None where the caller passed a generator."""
+    """The seed of this very sample, of a chain of calls (`anygen.chains`) the first one; None where the caller passed a
+    generator."""
     finish_reason: Literal["eos", "length", "stopped"]
     """`length` where `max_new_tokens` cut a text short, made a picture or sound smaller, or left no room for more;
     `stopped` where a callback ended it: whole segments, and the text so far."""

@@ -33,18 +33,33 @@ class Starter:
         """True where a text is written first, and the answer reads that text alone."""
         return self._way(request) == "text_only"
 
-    def states(self, request: Request) -> list[SampleState]:
-        """A state for each answer to draw; by way of a text alone, of each such text: see `answering`.
+    def check(self, request: Request) -> None:
+        """Tell at once what is wrong with a request whose outputs are drawn one after another.
 
         Raises:
-            InputError: the model cannot take this input, or not give this output.
+            InputError: the model has no such input or output, or not in this size.
         """
+        self._check_inputs(request)
+        for block in self._plan(request, None, self._max_positions).blocks:
+            plan = Plan((block,))
+            self._grammar.start(plan, self._budget(plan, 0, request.max_new_tokens))
+
+    def _check_inputs(self, request: Request) -> None:
         tokenizers = self._bundle.tokenizers
         for segment in request.inputs:
             if segment.modality not in tokenizers:
                 raise InputError(
                     f"this model takes no {segment.modality} input; it takes {', '.join(sorted(tokenizers))}"
                 )
+
+    def states(self, request: Request) -> list[SampleState]:
+        """A state for each answer to draw; by way of a text alone, of each such text: see `answering`.
+
+        Raises:
+            InputError: the model cannot take this input, or not give this output.
+        """
+        self._check_inputs(request)
+        tokenizers = self._bundle.tokenizers
         edit, way = edit_of(request, self._bundle), self._way(request)
         via: Modality | None = "text" if way else None
         if edit is not None:

@@ -43,7 +43,7 @@ class FolderSource(SourceConfig):
     path: Path
     picture_side_px: int | None = Field(None, ge=8)
     """Shrink pictures whose longer side is above this; None keeps them."""
-    record_kind: str = Field("pair", pattern=r"[a-z_]+", exclude_if=lambda kind: kind == "pair")
+    record_kind: str = Field("pair", pattern=r"^[a-z_]+$", exclude_if=lambda kind: kind == "pair")
     """What a mixture calls its records (`answers:text>audio`)."""
     held_out_field: str | None = None
     """A metadata field, such as `speaker`, whose `held_out_value` goes to the split `unheard`."""

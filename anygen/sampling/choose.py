@@ -61,6 +61,11 @@ class SamplingOptions:
                 raise InputError(f"{name} must be {kind} from {low} to {high}; got {value!r}")
             object.__setattr__(self, name, int(value) if name == "top_k" else float(value))  # numpy's become Python's
 
+    @property
+    def is_greedy(self) -> bool:
+        """True where every draw is the same."""
+        return self.temperature == 0 or self.top_k == 1
+
     def override(self, **options: Any) -> SamplingOptions:
         """A copy with the options that are not None."""
         return replace(self, **{name: value for name, value in options.items() if value is not None})

@@ -105,7 +105,8 @@ def test_what_is_streamed_is_the_answer(model: AnyGen) -> None:
     assert stopped.finish_reason == "stopped" and texts(stopped) == texts(whole[0])
 
 
-def test_where_nothing_is_heard_the_chain_goes_on(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("silence", ["", " \n"])
+def test_where_nothing_is_heard_the_chain_goes_on(model: AnyGen, monkeypatch: pytest.MonkeyPatch, silence: str) -> None:
     asked: list[Request] = []
     generated = model._generated
 
@@ -114,7 +115,7 @@ def test_where_nothing_is_heard_the_chain_goes_on(model: AnyGen, monkeypatch: py
             return []
         asked.extend(requests)
         (output,) = generated(requests)
-        empty = [dataclasses.replace(segment, content="") for segment in output.samples[0].segments]
+        empty = [dataclasses.replace(segment, content=silence) for segment in output.samples[0].segments]
         return [dataclasses.replace(output, samples=(dataclasses.replace(output.samples[0], segments=tuple(empty)),))]
 
     monkeypatch.setattr(model, "_generated", deaf)
@@ -138,10 +139,73 @@ def test_a_cut_text_is_told(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_generator_serves_all_of_its_calls(model: AnyGen) -> None:
-    def drawn() -> Sample:
-        return model.generate(**ASKED | {"generator": torch.Generator().manual_seed(1)}, output="text").samples[0]
+    def drawn(seed: int) -> Sample:
+        call = ASKED | {"generator": torch.Generator().manual_seed(seed)}
+        return model.generate(**call, output="text").samples[0]
 
-    assert drawn().ids == drawn().ids and drawn().seed is None
+    one = torch.Generator().manual_seed(1)
+    options = PLAIN | {"generator": one}
+    heard = model.generate(**options, audio=SOUND, output="text").samples[0]
+    written = model.generate(**options, image=PICTURE, text=heard.of("text")[0], output="text").samples[0]
+    assert drawn(1).ids == (*heard.ids, *written.ids) != drawn(2).ids and drawn(1).seed is None
+
+
+def calls_of(model: AnyGen, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any]) -> list[Request]:
+    calls: list[Request] = []
+    generated = model._generated
+
+    def listening(requests: Any) -> Any:
+        calls.extend(requests)
+        return generated(requests)
+
+    monkeypatch.setattr(model, "_generated", listening)
+    model.generate(**arguments)
+    return calls
+
+
+def test_what_is_about_the_answer_is_for_the_answer(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of={"audio>text": 3, "text>audio": 2}))
+    call = {**ASKED, "output": "audio", "max_new_tokens": 40, "duration_s": 0.1, "top_k": 7}
+    heard, written, said = calls_of(model, monkeypatch, call)
+    for on_the_way in (heard, written):
+        assert (on_the_way.output, on_the_way.max_new_tokens, on_the_way.duration_s) == ("text", None, None)
+    assert (said.max_new_tokens, said.duration_s) == (40, 0.1)
+    assert {request.top_k for request in (heard, written, said)} == {7}
+
+
+@pytest.mark.parametrize(
+    ("task", "output", "asked"),
+    [
+        ("answer", "audio", None),
+        ("continue", "audio", "continue"),
+        ("speak", "audio", None),
+        ("continue", "text", "continue"),
+    ],
+)
+def test_a_task_is_that_of_the_question(
+    model: AnyGen, monkeypatch: pytest.MonkeyPatch, task: str, output: str, asked: str | None
+) -> None:
+    calls = calls_of(model, monkeypatch, {**ASKED, "output": output, "task": task})
+    assert [call.task for call in calls] == [None, asked, *([None] if output == "audio" else [])]
+
+
+def test_answers_share_no_draw(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of={"text>image": 4}))
+    call = {**PLAIN, "text": "a cat", "output": ("image", "audio"), "via": "one_by_one", "duration_s": 0.1}
+    first, second = model.generate(**call, num_samples=2).samples
+    assert (first.seed, second.seed) == (3, 7)
+    (drawn, said), (other, _) = first.provenance["calls"], second.provenance["calls"]
+    assert drawn["best_of"] == 4 and drawn["seed"] in range(3, 7) and other["seed"] in range(7, 11)
+    assert said == {"output": ["audio"], "seed": 3, "best_of": 1}
+    alone = model.generate(text="a cat", output="image", **PLAIN | {"seed": drawn["seed"]}, best_of=1).samples[0]
+    assert first.ids[: len(alone.ids)] == alone.ids
+    one = model.generate(**call, num_samples=2, best_of=1).samples
+    assert [sample.seed for sample in one] == [3, 4]
+    streamed = list(model.stream(**call, num_samples=2))[-1]
+    assert isinstance(streamed, Finished) and [s.ids for s in streamed.output.samples] == [s.ids for s in one]
+    assert streamed.output.samples[0].provenance["request"]["best_of"] == 1
+    many = calls_of(model, monkeypatch, {**call, "output": ("image", "text"), "num_samples": 300, "max_new_tokens": 20})
+    assert {request.best_of for request in many} == {1}, "no more than 1024 at once"
 
 
 def test_several_outputs_one_by_one_are_calls_of_their_own(model: AnyGen) -> None:
@@ -174,6 +238,11 @@ def test_one_by_one_is_streamed_one_by_one(model: AnyGen) -> None:
 
     stopped = model.generate(**call, on_event=until_drawn).samples[0]
     assert stopped.finish_reason == "stopped" and [s.modality for s in stopped.segments] == ["image"]
+    texts_first = {**PLAIN, "temperature": 2.0, "image": PICTURE, "output": ("text", "audio"), "via": "one_by_one"}
+    ended_first = model.generate(
+        **texts_first, num_samples=4, on_event=lambda event: not isinstance(event, SegmentFinished)
+    ).samples
+    assert {sample.finish_reason for sample in ended_first} == {"stopped"}, "none has its sound"
 
 
 def test_a_budget_is_one_for_all_outputs_unless_the_way_is_asked_for(
@@ -197,24 +266,38 @@ def test_a_budget_is_one_for_all_outputs_unless_the_way_is_asked_for(
         ({"via": "in_writing", "output": "text"}, "got no input -> text"),
         ({**ASKED, "output": ("text", "audio")}, "got image, audio -> text, audio"),
         ({**ASKED, "output": "text", "best_of": 2}, "best_of reads an answer backwards"),
-        ({"via": "one_by_one", "text": "a", "output": "image"}, "gives several outputs"),
+        ({**ASKED, "output": "audio", "duration_s": 500.0}, "duration_s must be above 0"),
+        ({"via": "one_by_one", "text": "a", "output": ("image", "audio"), "duration_s": 500.0}, "duration_s must be"),
+        ({"via": "one_by_one", "text": "a", "output": ("text", "image"), "size": 15}, "sides in multiples of"),
+        ({"via": "one_by_one", "text": "a", "output": ("text", "image"), "max_new_tokens": 3}, "max_new_tokens"),
+        ({"via": "one_by_one", "text": "a", "output": "image"}, "makes several of text, image and audio"),
+        ({**ASKED, "via": "one_by_one", "output": ("text", "audio")}, "got image, audio -> text, audio"),
+        ({"via": "one_by_one", "image": PICTURE, "output": ("text", "region")}, "got image -> text, region"),
         ({"via": "one_by_one", "text": "a", "output": ("image", "image")}, "no two of a kind"),
         ({"via": "one_by_one", "image": PICTURE, "output": ("audio", "text")}, "got image -> audio, text"),
         ({"via": "one_by_one", "output": ("text", "image")}, "got no input -> text, image"),
     ],
 )
-def test_what_it_is_not_for_is_refused(model: AnyGen, arguments: dict[str, Any], message: str) -> None:
+def test_what_it_is_not_for_is_refused(
+    model: AnyGen, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(model, "_generated", lambda requests: pytest.fail("it is told before any work"))
     with pytest.raises(InputError, match=message):
         model.generate(**arguments)
-    with pytest.raises(InputError):
-        model.stream(**arguments)
+    if "best_of" not in arguments:
+        with pytest.raises(InputError, match=message):
+            model.stream(**arguments)
 
 
 @pytest.mark.parametrize(
     ("way", "fitting", "others"),
     [
         ("in_writing", "image,audio>audio", ("audio>audio", "image,text>text", "image,audio>text,audio")),
-        ("one_by_one", "text>image,audio", ("text>image", "image>audio,text", "text>image,image", ">text,image")),
+        (
+            "one_by_one",
+            "text>image,audio",
+            ("text>image", "image>audio,text", "text>image,image", ">text,image", "image>text,region"),
+        ),
     ],
 )
 def test_a_bundle_may_say_so_where_it_can_be(way: Way, fitting: str, others: tuple[str, ...]) -> None:

@@ -88,6 +88,9 @@ def test_a_folder_may_say_what_a_mixture_calls_its_records(tmp_path: Path) -> No
         write_shard(tmp_path / f"{kind}.tar", records)
         assert [record.kind for record in RecordStore([tmp_path / f"{kind}.tar"])] == [kind] * 2
         assert ("record_kind" in config.model_dump()) == bool(named), "recipes of before stay what they were"
+    for wrong in ("a>b:c", "Scene 1", ""):
+        with pytest.raises(ValueError, match="record_kind"):
+            FolderSource(path=folder, record_kind=wrong)
 
 
 def test_bad_items_are_counted_again_after_a_restart(tmp_path: Path) -> None:

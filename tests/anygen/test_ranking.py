@@ -24,6 +24,7 @@ from anygen.errors import CheckpointError, ConfigError, InputError
 from anygen.ranking import with_usual_best_of
 from anygen.request import Request
 from anygen.results import Finished, Sample
+from anygen.sampling.choose import SamplingOptions
 from anygen.stages.bundle import BundleConfig
 from tokenizers_mm.media import Audio
 
@@ -159,6 +160,7 @@ def test_the_bundle_says_where_it_helps_and_the_caller_has_the_last_word(choosy:
         ({"task": "depict"}, 4),
         ({"task": "answer"}, None),
         ({"temperature": 0.0}, None),
+        ({"top_k": 1}, None),
         ({"output": "audio"}, None),
         ({"output": ("image", "audio")}, None),
         ({"decoder": "voken"}, None),
@@ -169,8 +171,14 @@ def test_the_bundle_says_where_it_helps_and_the_caller_has_the_last_word(choosy:
 )
 def test_what_is_usual_is_drawn_where_it_can_be(changes: dict[str, Any], number: int | None) -> None:
     request = Request(**DRAWN | changes)
-    assert with_usual_best_of(request, {"text>image": 4}).best_of == number
+    assert with_usual_best_of(request, {"text>image": 4}, {}).best_of == number
     assert request.best_of == changes.get("best_of"), "the caller's request is as it was"
+
+
+def test_a_model_that_draws_the_same_every_time_draws_once() -> None:
+    request, greedy = Request(text="a cat", output="image"), SamplingOptions(temperature=0.0)
+    assert with_usual_best_of(request, {"text>image": 4}, {"image": greedy, "control": greedy}) is request
+    assert with_usual_best_of(request, {"text>image": 4}, {"image": greedy}).best_of == 4, "sizes are still drawn"
 
 
 @pytest.mark.parametrize("facts", [{"text>text": 2}, {"text>image,text": 2}, {"image": 2}, {"text>image": 0}])

@@ -21,6 +21,7 @@ from anygen.api import AnyGen
 from anygen.bundle import load_bundle
 from anygen.cli.app import app
 from anygen.config import build
+from anygen.documents import Document
 from anygen.errors import CheckpointError, ConfigError, InputError
 from anygen.plan import Block, Plan
 from anygen.request import Request
@@ -221,19 +222,22 @@ def test_streams_tell_of_the_answer_alone(chained: AnyGen, way: str) -> None:
 @pytest.mark.parametrize("way", ["text", "text_only"])
 def test_the_best_of_several_is_judged_step_by_step(chained: AnyGen, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     chained.bundle.via["audio>image"] = way  # type: ignore[index]
-    read: list[tuple[str, ...]] = []
+    chains: list[list[Document]] = []
     backwards = ranking._backwards
 
     def watched(*arguments: Any) -> Any:
-        documents = backwards(*arguments)
-        read.extend(tuple(segment.modality for segment in document.segments) for document in documents)
-        return documents
+        chains.append(backwards(*arguments))
+        return chains[-1]
+
+    def judged(model: Any, vocabulary: Any, sequences: list[Any]) -> list[tuple[Any, Any]]:
+        assert len(sequences) == 8
+        return [(None, np.array(nats)) for nats in ([5], [1], [1, 1], [3], [1], [9], [9], [0])]
 
     monkeypatch.setattr(ranking, "_backwards", watched)
+    monkeypatch.setattr(ranking, "answer_nats", judged)
     kept = chained.generate(**CALL, best_of=4).samples[0]
-    drawn = chained.generate(**CALL, num_samples=4).samples
-    assert kept.ids in {sample.ids for sample in drawn} and len(kept.via) == 1
-    assert read == [("text", "audio"), ("image", "text")] * 4, "each step backwards"
+    assert kept.seed == 1 and len(kept.via) == 1, "2 + 3 nats; the last step alone would take the fourth"
+    assert [[s.modality for s in document.segments] for document in chains[0]] == [["text", "audio"], ["image", "text"]]
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,10 @@ def test_voices_read_what_is_asked_and_answered_about_scenes(tmp_path: Path, say
     about = {"questions": questions_about, "answers": answers_about}[say]
     known = {text for emoji in things for text in about(emoji.parts.subject)} | set(NUMBER_WORDS[1:])
     assert {row["text"] for row in rows} <= known and asked <= known and len(asked) > 100
+    before = (tmp_path / "metadata.jsonl").read_bytes()
+    other = run(tmp_path, "flite/slt@90-100-120Hz", names=3)
+    assert other.returncode == 1 and f"read {say}: take another folder for names" in other.stderr
+    assert (tmp_path / "metadata.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from anygen.ranking import is_ranked
 def generated(bench: Bench, part: Part, cases: Sequence[Case]) -> list[Answer]:
     """What the model makes of the requests."""
     requests = [case.request for case in cases]
-    if bench.best_of is not None:
-        requests = [replace(r, best_of=bench.best_of) if is_ranked(r) else r for r in requests]
+    if bench.best_of is not None:  # one answer can be asked for of anything
+        requests = [replace(r, best_of=bench.best_of) if bench.best_of == 1 or is_ranked(r) else r for r in requests]
     samples = bench.generate(part.name, requests)
     return [{modality: sample.of(modality)[0] for modality in part.outputs} for sample in samples]
 

@@ -134,6 +134,12 @@ def main() -> None:
     options = parser.parse_args()
     sayings = sayings_of(options.say)
     out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    says = out / ".says"  # a sound that lies there is taken for what would be read now
+    before = says.read_text() if says.exists() else "names" if (out / "metadata.jsonl").exists() else options.say
+    if before != options.say:
+        sys.exit(f"the voices in {options.out} read {before}: take another folder for {options.say}")
+    says.write_text(options.say)
     rows = []
     for voice in options.voices:
         # All are shuffled, so that more names go on from fewer: what lies there stays what the metadata says.
