@@ -31,7 +31,8 @@ class ExhibitConfig(Config):
     emoji: str | None = None
     """Name of an embedded emoji that the inputs are taken from and the answer is compared with."""
     inputs: list[str] = []
-    """`text`, `image`, `audio` of the emoji, `text=some words` or `image=a file` (beside the prompts), in order."""
+    """`text`, `image`, `audio` of the emoji, `text=some words`, `image=a file` or `audio=a file` (beside the prompts), in
+    order."""
     output: list[str]
     num_samples: int = 1
     seed: int = 0
@@ -125,12 +126,15 @@ def _exhibit(config: ExhibitConfig, folder: Path) -> Exhibit:
 def _input(spec: str, real: EmbeddedEmoji | None, folder: Path) -> tuple[str, str | Path]:
     if spec.startswith("text="):
         return "text", spec.removeprefix("text=")
-    if spec.startswith("image="):
-        if not (path := folder / spec.removeprefix("image=")).is_file():
+    modality, is_given, value = spec.partition("=")
+    if is_given and modality in ("image", "audio"):
+        if not (path := folder / value).is_file():
             raise ConfigError(f"input {spec!r}: there is no file {path}")
-        return "image", path
+        return modality, path
     if real is None or spec not in ("text", "image", "audio"):
-        raise ConfigError(f"input {spec!r}: write text=WORDS, image=FILE or, beside an emoji, text, image or audio")
+        raise ConfigError(
+            f"input {spec!r}: write text=WORDS, image=FILE, audio=FILE or, beside an emoji, text, image or audio"
+        )
     values: dict[str, str | Path] = {"text": real.text, "image": real.picture, "audio": real.speech}
     return spec, values[spec]
 

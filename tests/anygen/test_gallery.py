@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -164,6 +165,7 @@ def test_embedded_inputs_are_real_and_some_were_held_out() -> None:
     "content",
     ["", "a: 1", "- {section: x}", "- {section: x, output: [image], emoji: nobody}",
      "- {section: x, output: [image], inputs: [image]}", "- {section: x, output: [image], inputs: [image=none.png]}",
+     "- {section: x, output: [image], inputs: [audio=none.flac]}",
      "- {section: x, output: [image], inputs: [text=a, text=b]}",
      "- {section: x, output: [image], emoji: red_apple, inputs: [text, image]}", "- {section: x, output: [image], inputz: []}", "- ["],
 )  # fmt: skip
@@ -172,6 +174,13 @@ def test_bad_prompt_files(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(ConfigError):
         load_exhibits(path)
+
+
+def test_a_sound_beside_the_prompts_is_an_input(tmp_path: Path) -> None:
+    shutil.copy(embedded_emoji()["guitar"].speech, tmp_path / "said.flac")
+    (tmp_path / "p.yaml").write_text("- {section: x, output: [audio], emoji: guitar, inputs: [image, audio=said.flac]}")
+    (exhibit,) = load_exhibits(tmp_path / "p.yaml")
+    assert exhibit.request.kinds == ("image", "audio") and exhibit.inputs[1] == ("audio", tmp_path / "said.flac")
 
 
 def test_spectrograms_show_pitch_low_at_the_bottom() -> None:
