@@ -31,8 +31,8 @@ class ExhibitConfig(Config):
     emoji: str | None = None
     """Name of an embedded emoji that the inputs are taken from and the answer is compared with."""
     inputs: list[str] = []
-    """`text`, `image`, `audio` of the emoji, `text=some words`, `image=a file` or `audio=a file` (beside the prompts), in
-    order."""
+    """In order: `text`, `image`, `audio` of the emoji, `text=some words`, or a file beside the prompts (`image=a file`,
+    `audio=a file`)."""
     output: list[str]
     num_samples: int = 1
     seed: int = 0
