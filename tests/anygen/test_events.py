@@ -121,11 +121,10 @@ def test_a_stream_does_not_depend_on_how_many_codes_a_pass_adds(model: AnyGen, w
 
 
 def test_a_tracker_needs_ids_only(model: AnyGen) -> None:
-    (state,) = model._states(Request(**CALL))
-    tracker = model._trackers(Request(**CALL), [state])[0]
-    for _ in sampler.sample(model.engine, [state]):
+    (watched,) = model._watched([Request(**CALL)], [model._states(Request(**CALL))])
+    for _ in sampler.sample(model.engine, [watched.state]):
         pass
-    events = [event for id in state.ids for event in tracker.push(id)]
+    events = [event for id in watched.state.ids for event in watched.tracker.push(id)]
     assert [told(e) for e in events] == [told(e) for e in model.stream(**CALL)][:-1]
 
 
