@@ -214,7 +214,8 @@ def test_the_embedded_bundle_is_small_and_of_its_recipe() -> None:
     made_by = json.loads((folder / "anygen.json").read_text())["provenance"]["recipes"]
     assert {"data", "image_tokenizer", "audio_tokenizer", "pretrain", "decoder"} <= set(made_by)
     for stage, config in made_by.items():
-        families = ("nano/speakers", "nano/more_scenes", "nano/more_voices", "nano/longer", "nano")  # the last that has it
+        # the last that has it
+        families = ("nano/speakers", "nano/more_scenes", "nano/more_voices", "nano/longer", "nano")
         name = next(n for family in families if (n := f"{family}/{stage}.yaml") in list_recipes())
         recipe = load_recipe(find_recipe(name), root=Path("unused"))
         recorded = type(recipe).model_validate({**config, "root": "unused"})  # later fields: as if at their defaults
