@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from anygen.api import AnyGen
+from anygen.finishing import Finisher
 from anygen.sampling.engine import Engine
 from anygen.sampling.linear import Linear
 from anygen.sampling.sampler import _Sampler
@@ -28,7 +29,7 @@ PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
     "steps: attention": ((Engine, "attend_cached"),),
     "steps: norms, rotations, cache": ((Engine, "step"), (Engine, "extend")),
     "steps: choice": ((_Sampler, "_choose_group"),),
-    "decode": ((AnyGen, "_answer"), (AnyGen, "_sample")),
+    "decode": ((Finisher, "sample"),),
     "grammar, rows and the rest": ((AnyGen, "generate_batch"),),
 }
 _WHOLE = "prefill"
