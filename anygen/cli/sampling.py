@@ -29,7 +29,9 @@ def generate(
     best_of: Annotated[
         int | None, typer.Option(help="Draw so many for each answer, keep the one that the model best reads back.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Sample i is drawn from seed + i.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Sample i is drawn from seed + i; as the best of n, from n seeds at seed + n i.")
+    ] = 0,
     temperature: Annotated[float | None, typer.Option(help="0 takes the most likely id.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely ids.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the most likely ids of this probability.")] = None,

@@ -238,11 +238,18 @@ def test_one_by_one_is_streamed_one_by_one(model: AnyGen) -> None:
 
     stopped = model.generate(**call, on_event=until_drawn).samples[0]
     assert stopped.finish_reason == "stopped" and [s.modality for s in stopped.segments] == ["image"]
+
+
+def test_an_answer_that_lacks_an_output_was_stopped(model: AnyGen) -> None:
     texts_first = {**PLAIN, "temperature": 2.0, "image": PICTURE, "output": ("text", "audio"), "via": "one_by_one"}
-    ended_first = model.generate(
-        **texts_first, num_samples=4, on_event=lambda event: not isinstance(event, SegmentFinished)
-    ).samples
-    assert {sample.finish_reason for sample in ended_first} == {"stopped"}, "none has its sound"
+    ended: list[int] = []
+
+    def until_the_fourth(event: Any) -> bool:
+        ended.extend([event.sample] if isinstance(event, SegmentFinished) else [])
+        return len(ended) < 4
+
+    samples = model.generate(**texts_first, num_samples=6, on_event=until_the_fourth).samples
+    assert len(ended) == 4 and {sample.finish_reason for sample in samples} == {"stopped"}
 
 
 def test_a_budget_is_one_for_all_outputs_unless_the_way_is_asked_for(
