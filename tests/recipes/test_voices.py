@@ -87,6 +87,9 @@ def test_voices_read_what_is_asked_and_answered_about_scenes(tmp_path: Path, say
         ("pico/en-AU", "'pico/en-AU' is none of festival/lp_diphone"),
         ("flite/nobody", "flite has no voice 'nobody'"),
         ("flite/rms@90", "'flite/rms@90' is held out"),
+        ("rhvoice/evgeniy-eng", "RHVoice has no voice 'evgeniy-eng'"),
+        ("rhvoice/bdl@90", "RHVoice has no voice 'bdl@90'"),
+        ("rhvoice/bdl@20-100-100", "throat, tempo and pitch of 50 to 200 percent"),
     ],
 )
 def test_what_is_no_voice_for_training_is_refused(voice: str, message: str, tmp_path: Path) -> None:
@@ -94,8 +97,41 @@ def test_what_is_no_voice_for_training_is_refused(voice: str, message: str, tmp_
     assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_missing_engine_is_told_in_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.skipif(not shutil.which("RHVoice-test"), reason="needs rhvoice and rhvoice-english (Debian's non-free)")
+def test_rhvoice_speaks_every_name_in_every_manner(tmp_path: Path) -> None:
+    done = run(tmp_path, "rhvoice/bdl", "rhvoice/bdl@80-100-100", "rhvoice/bdl@100-150-100", names=3)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    lengths: dict[str, list[int]] = {}
+    for row in rows:
+        lengths.setdefault(row["speaker"], []).append(len(soundfile.read(tmp_path / row["file_name"])[0]))
+    assert len(lengths) == 3 and all(min(each) > 8_000 for each in lengths.values())
+
+
+def test_a_throat_changes_resonances_and_leaves_tempo_and_pitch_to_the_engine(tmp_path: Path) -> None:
+    program = (
+        tmp_path / "bin" / "RHVoice-test"
+    )  # an engine that says everything in 1 s of 240 Hz, and what it was asked
+    program.parent.mkdir()
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import sys, pathlib, numpy, soundfile\n"
+        f"with open({str(tmp_path / 'asked')!r}, 'a') as asked: print(*sys.argv[1:-1], file=asked)\n"
+        "assert sys.stdin.read()\n"
+        "soundfile.write(sys.argv[-1], numpy.sin(numpy.arange(24_000) * 2 * numpy.pi / 100) / 2, 24_000)\n"
+    )
+    program.chmod(0o755)
+    done = run(tmp_path / "out", "rhvoice/clb@80-120-100", names=1, path=str(program.parent))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "asked").read_text() == "-p clb -r 150 -t 125 -o\n"
+    sound, rate_hz = soundfile.read(tmp_path / "out" / "rhvoice" / "clb@80-120-100" / "0000.wav")
+    assert rate_hz == 24_000 and len(sound) == pytest.approx(30_000, abs=100)
+    assert np.abs(np.fft.rfft(sound)).argmax() * rate_hz / len(sound) == pytest.approx(192, abs=2)
+
+
+@pytest.mark.parametrize("voice", ["festival/ked_diphone", "rhvoice/bdl"])
+def test_a_missing_engine_is_told_in_a_sentence(voice: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    done = run(tmp_path / "out", "festival/ked_diphone", path=str(tmp_path / "empty"))
+    done = run(tmp_path / "out", voice, path=str(tmp_path / "empty"))
     assert done.returncode == 1 and "install what the head of this file names" in done.stderr
     assert "Traceback" not in done.stderr

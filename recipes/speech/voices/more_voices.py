@@ -2,14 +2,16 @@ r"""Names of emoji in more voices, as a folder of sounds: 30 more speakers for a
 
     apt-get install festival festvox-{italp16k,itapc16k,kdlpc16k,us-slt-hts,ru,suopuhe-lj,suopuhe-mv,ca-ona-hts} \
         festvox-czech-{dita,krb,machac,ph}
+    apt-get install rhvoice rhvoice-english  # only for rhvoice/: Debian's non-free, its voices being trained networks
     pip install ttspico
     python recipes/speech/voices/more_voices.py voices [--names 500] [--voices festival/ked_diphone pico/en-GB@75]
 
 Twelve voices of festival and six of SVOX Pico, these at three pitches. Every voice reads names of the training split by
-the rules of its own language: nobody has to understand them. Those of flite and espeak-ng can be had too, where they
-are asked for (flite/awb@80 espeak/en-us+m3). What lies there already is kept, so it can be interrupted.
-`metadata.jsonl` says what each voice of the last call reads, so a folder source can take the folder. In place of names
-they can read questions about scenes, or the answers to them (--say questions).
+the rules of its own language: nobody has to understand them. Those of flite, espeak-ng and RHVoice can be had as well,
+where they are asked for: flite/awb@80, espeak/en-us+m3, rhvoice/bdl@90-110-95 (its throat, tempo and pitch in percent). What
+lies there already is kept, so it can be interrupted. `metadata.jsonl` says what each voice of the last call reads, so a
+folder source can take the folder. In place of names they can read questions about scenes, or the answers to them
+(--say questions).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +32,8 @@ from anygen.data.emoji_names import spoken_forms
 from anygen.data.emoji_pictures import EmojiFont
 from anygen.data.scenes import NUMBER_WORDS, answers_about, is_countable, questions_about
 from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak, speaker_of
-from anygen.errors import AnyGenError, DataError
+from anygen.errors import AnyGenError, DataError, InputError
+from tokenizers_mm.media import Audio
 
 FESTIVAL = (
     "lp_diphone", "pc_diphone", "ked_diphone", "cmu_us_slt_arctic_hts", "msu_ru_nsh_clunits", "czech_dita", "czech_krb",
@@ -38,6 +42,7 @@ FESTIVAL = (
 PICO = tuple(
     f"{tongue}@{pitch}" for tongue in ("en-US", "en-GB", "de-DE", "es-ES", "fr-FR", "it-IT") for pitch in (75, 100, 130)
 )
+RHVOICE = ("alan", "bdl", "clb", "slt")  # LGPL; the other English ones allow no derivatives
 VOICES = (*(f"festival/{name}" for name in FESTIVAL), *(f"pico/{name}" for name in PICO))
 _PICO_HZ = 16_000
 
@@ -70,6 +75,50 @@ def read_by_pico(voice: str, wanted: dict[Path, str]) -> str:
     return ""
 
 
+def read_by_rhvoice(voice: str, wanted: dict[Path, str]) -> str:
+    """Write every sound; returns what could not be spoken."""
+    speaker, throat, tempo, pitch = rhvoice_manner(voice)
+    told = ""
+    for path, text in wanted.items():
+        command = [
+            "RHVoice-test",
+            "-p",
+            speaker,
+            "-r",
+            f"{100 * tempo / throat:.0f}",
+            "-t",
+            f"{100 * pitch / throat:.0f}",
+        ]
+        with tempfile.NamedTemporaryFile(suffix=".wav") as sound:
+            done = subprocess.run([*command, "-o", sound.name], input=text, capture_output=True, text=True)  # noqa: S603
+            if done.returncode:
+                told = done.stderr.strip()[-200:] or f"exit code {done.returncode}"
+                continue
+            samples_T, rate_hz = soundfile.read(sound.name, dtype="float32")
+        audio = Audio(samples_T, round(rate_hz * throat)).resampled(rate_hz)
+        soundfile.write(path, audio.samples_T, rate_hz)
+    return told
+
+
+def rhvoice_manner(voice: str) -> tuple[str, float, float, float]:
+    """The speaker, and its throat, tempo and pitch, 1 as the speaker's own.
+
+    >>> rhvoice_manner("bdl@90-110-95")
+    ('bdl', 0.9, 1.1, 0.95)
+
+    Raises:
+        InputError: no voice like this.
+    """
+    found = re.fullmatch(r"(\w+)(?:@(\d+)-(\d+)-(\d+))?", voice)
+    throat, tempo, pitch = (int(part or 100) / 100 for part in found.groups()[1:]) if found else (0, 0, 0)
+    if not found or found[1] not in RHVOICE or not all(0.5 <= part <= 2 for part in (throat, tempo, pitch)):
+        raise InputError(
+            f"RHVoice has no voice {voice!r}: expected one of {', '.join(RHVOICE)}, and behind an @, if wanted, its "
+            "throat, tempo and pitch of 50 to 200 percent (bdl@90-110-95)"
+        )
+    return found[1], throat, tempo, pitch
+
+
 def read_by_flite_or_espeak(voice: str, wanted: dict[Path, str]) -> str:
     """Write every sound; returns what could not be spoken."""
     told = ""
@@ -90,6 +139,8 @@ def read(voice: str, wanted: dict[Path, str]) -> str:
         return read_by_festival(name, wanted)
     if engine == "pico":
         return read_by_pico(name, wanted)
+    if engine == "rhvoice":
+        return read_by_rhvoice(name, wanted)
     return read_by_flite_or_espeak(spoken_name(voice), wanted)
 
 
@@ -103,12 +154,17 @@ def known_voice(voice: str) -> str:
     """`voice`, where it is one that training may hear; for argparse."""
     if voice in VOICES:
         return voice
-    if not voice.startswith(("flite/", "espeak/")):
-        raise argparse.ArgumentTypeError(f"{voice!r} is none of {', '.join(VOICES)}, flite/VOICE or espeak/VOICE")
+    if not voice.startswith(("flite/", "espeak/", "rhvoice/")):
+        raise argparse.ArgumentTypeError(
+            f"{voice!r} is none of {', '.join(VOICES)}, flite/VOICE, espeak/VOICE or rhvoice/VOICE"
+        )
     if speaker_of(spoken_name(voice)) == HELD_OUT_VOICE:
         raise argparse.ArgumentTypeError(f"{voice!r} is held out: figures of unheard voices are measured with it")
     try:
-        check_voices((spoken_name(voice),))
+        if voice.startswith("rhvoice/"):
+            rhvoice_manner(voice.removeprefix("rhvoice/"))
+        else:
+            check_voices((spoken_name(voice),))
     except AnyGenError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     return voice
