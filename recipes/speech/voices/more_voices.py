@@ -8,7 +8,7 @@ r"""Names of emoji in more voices, as a folder of sounds: 30 more speakers for a
 
 Twelve voices of festival and six of SVOX Pico, these at three pitches. Every voice reads names of the training split by
 the rules of its own language: nobody has to understand them. Those of flite, espeak-ng and RHVoice can be had as well,
-where they are asked for: flite/awb@80, espeak/en-us+m3, rhvoice/bdl@90-110-95 (its throat, tempo and pitch in percent). What
+where they are asked for: flite/awb@80, espeak/en-us+m3, rhvoice/bdl@90-110-95 (throat, tempo, pitch in percent). What
 lies there already is kept, so it can be interrupted. `metadata.jsonl` says what each voice of the last call reads, so a
 folder source can take the folder. In place of names they can read questions about scenes, or the answers to them
 (--say questions).
