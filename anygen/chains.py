@@ -62,7 +62,9 @@ def _in_writing(request: Request, made: Sequence[Sample]) -> _Call | None:
 def _one_by_one(request: Request, made: Sequence[Sample]) -> _Call | None:
     if len(made) == len(request.outputs):
         return None
-    changes = {"output": request.outputs[len(made)], "task": None if made else request.own_task}
+    output = request.outputs[len(made)]
+    unfit = {name: None for name, of in (("size", "image"), ("duration_s", "audio")) if of != output}
+    changes = {"output": output, "task": None if made else request.own_task, **unfit}
     is_told = bool(made) and request.outputs[0] == "text"
     return _Call(made[0].segments[:1] if is_told else request.inputs, changes, is_answer=True)
 

@@ -62,22 +62,20 @@ def plan_of(
     Raises:
         InputError: a size or duration that the model cannot write.
     """
-    if request.outputs == ("any",):
-        kinds = [m for m in MODALITIES if m in modalities and m != "region"]
-        drawn = {"image": _drawn(request, layout, patch_px)} if request.decoder != "codes" else {}
-        return Plan(tuple(drawn.get(m, Block(m)) for m in kinds), free=True)
-    blocks = [] if via is None else [Block(via, ids_apart=ids_of_via(room))]
-    for name in request.outputs:
-        shape: tuple[int, ...] | None = None
+
+    def block(name: Modality) -> Block:
         if name == "image" and request.decoder != "codes":
-            blocks.append(_drawn(request, layout, patch_px))
-            continue
+            return _drawn(request, layout, patch_px)
         if name == "image" and request.size is not None:
-            shape = _grid(request, patch_px)
-        elif name == "audio" and request.duration_s is not None:
-            shape = _length(request, layout, frame_rate_hz)
-        blocks.append(Block(name, shape))  # type: ignore[arg-type]
-    return Plan(tuple(blocks))
+            return Block(name, _grid(request, patch_px))
+        if name == "audio" and request.duration_s is not None:
+            return Block(name, _length(request, layout, frame_rate_hz))
+        return Block(name)
+
+    if request.outputs == ("any",):
+        return Plan(tuple(block(m) for m in MODALITIES if m in modalities and m != "region"), free=True)
+    first = () if via is None else (Block(via, ids_apart=ids_of_via(room)),)
+    return Plan((*first, *(block(name) for name in request.outputs)))  # type: ignore[arg-type]
 
 
 def _drawn(request: Request, layout: Layout, patch_px: int) -> Block:

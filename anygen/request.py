@@ -137,6 +137,9 @@ class Request:
             sides_of(self.size)
         if self.duration_s is not None:
             check_duration(self.duration_s)
+        for name, made in (("size", "image"), ("duration_s", "audio")):
+            if getattr(self, name) is not None and not {made, "any"} & set(self.outputs):
+                raise InputError(f"{name} is of a generated {made}; got output {self.outputs}: leave it out")
         if self.num_inference_steps is not None:
             if self.decoder == "codes":
                 raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")

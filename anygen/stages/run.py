@@ -15,14 +15,15 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from anygen.config import Config, build, override, read_yaml
-from anygen.errors import CheckpointError, ConfigError
+from anygen.errors import ConfigError
 from anygen.files import read_json, remove_leftovers, write_json
 from anygen.stages.base import StageConfig, StageResult
 from anygen.stages.catalogue import ALTERNATIVES, OPTIONAL, STAGES
 from anygen.stages.earlier_run import take_over
+from anygen.stages.locks import locked, require_no_shares
 from anygen.training import processes
 from anygen.training.checkpoint import checkpoints
 from anygen.training.loop import CHECKPOINTS, LoopConfig
@@ -94,42 +95,34 @@ def run_stage(config: StageConfig) -> StageResult:
         processes.join(cpu=config.on_cpu)
         if processes.rank() > 0:
             return _follow(config)
-    config.root.mkdir(parents=True, exist_ok=True)
     if config.share():
         return _run_share(config)
-    with _locked(config.root):
-        _require_no_shares(config.root)
-        return _run_locked(config)
+    with contextlib.ExitStack() as locks:
+        with _others_told_of_failure():
+            locks.enter_context(locked(config.root))
+            require_no_shares(config.root)
+            identity, done = _begun(config, sweeps=True)
+        processes.told("work" if done is None else "done")
+        return _lead(config, identity) if done is None else done
 
 
 @contextlib.contextmanager
-def _locked(root: Path, *, wait_s: float = 0.0) -> Iterator[None]:
+def _others_told_of_failure() -> Iterator[None]:
+    """Of a first process that cannot begin, for which they wait."""
     try:
-        with FileLock(root / ".lock").acquire(timeout=wait_s):
-            yield
-    except Timeout as error:
-        raise CheckpointError(
-            f"another anygen process is at work in {root}: wait for it, or use another root"
-        ) from error
-
-
-def _require_no_shares(root: Path) -> None:
-    for path in root.glob(".share-*"):
-        with FileLock(path).acquire(timeout=0):
-            pass
+        yield
+    except Exception:
+        processes.told("failed")
+        raise
 
 
 def _run_share(config: StageConfig) -> StageResult:
     """Run a share of a stage beside other shares: the run's lock is held only while its folder is looked after."""
     mine = FileLock(config.root / f".share-{config.stage}-{config.share().replace('/', '-of-')}")
-    with _locked(config.root, wait_s=_PATIENCE_S):
-        take_over(config)
-        identity = _identity(config)
-        done = _done(config, identity)
+    with locked(config.root, wait_s=_PATIENCE_S):
+        identity, done = _begun(config, sweeps=False)  # the other shares are at work on what looks like leftovers
         if done is not None:
-            logger.info("%s: done and unchanged", config.stage)
             return done
-        _begin(config, identity, sweeps=False)  # the other shares are at work on what looks like leftovers
         mine.acquire(timeout=0)
     started = time.monotonic()
     try:
@@ -139,7 +132,7 @@ def _run_share(config: StageConfig) -> StageResult:
     if result.unfinished:
         logger.info("%s: share %s is done; %s", config.stage, config.share(), result.unfinished)
         return result
-    with _locked(config.root, wait_s=_PATIENCE_S):
+    with locked(config.root, wait_s=_PATIENCE_S):
         _finish(config, identity, result, started)
     return result
 
@@ -172,17 +165,21 @@ def _check_starts(config: Config, folder: Path) -> None:
             _check_starts(value, folder)
 
 
-def _run_locked(config: StageConfig) -> StageResult:
+def _begun(config: StageConfig, *, sweeps: bool) -> tuple[str, StageResult | None]:
+    """The stage's identity, and what it made where it is done and unchanged; else its folder is ready for the work."""
     take_over(config)
     identity = _identity(config)
     done = _done(config, identity)
-    if done is not None:
+    if done is None:
+        _begin(config, identity, sweeps=sweeps)
+    else:
         logger.info("%s: done and unchanged", config.stage)
-        processes.told(False)
-        return done
-    _begin(config, identity, sweeps=True)
+    return identity, done
+
+
+def _lead(config: StageConfig, identity: str) -> StageResult:
+    """The part of the first process, which alone looks after the run's folder."""
     started = time.monotonic()
-    processes.told(True)
     result: StageResult = importlib.import_module(type(config).__module__).main(config)
     _finish(config, identity, result, started)
     processes.wait()
@@ -202,8 +199,11 @@ def _finish(config: StageConfig, identity: str, result: StageResult, started: fl
 
 
 def _follow(config: StageConfig) -> StageResult:
-    """The part of every process but the first, which alone looks after the run's folder."""
-    if processes.told(None):
+    """The part of every other process."""
+    what = processes.told(None)
+    if what == "failed":
+        raise ConfigError(f"stage {config.stage} was not begun: the first process says why")
+    if what == "work":
         importlib.import_module(type(config).__module__).main(config)
         processes.wait()
     done = _done(config, _identity(config))
@@ -247,7 +247,7 @@ def _move_aside_if_other(config: StageConfig, identity: str) -> None:
     path = config.folder / STARTED_JSON
     if not path.exists() or read_json(path).get("identity") == identity:
         return
-    _require_no_shares(config.root)
+    require_no_shares(config.root)
     number = 1
     while (aside := config.root / "old" / f"{config.stage}-{number}").exists():
         number += 1

@@ -104,6 +104,8 @@ def test_task_alone_says_what_to_generate(model: AnyGen) -> None:
         ),
         ({"output": "image", "size": 15}, "multiples of 8"),
         ({"output": "image", "size": (16,)}, "size must be a side"),
+        ({"output": ("text", "audio"), "size": 16}, "size is of a generated image; got output .'text', 'audio'."),
+        ({"output": "image", "duration_s": 1.0}, "duration_s is of a generated audio; got output .'image',.: leave it"),
         ({"output": "image", "size": 8 * 7}, "cannot give image"),
         ({"output": "audio", "duration_s": 0}, "duration_s"),
         ({"output": "audio", "duration_s": 60.0}, "at most 6.0"),

@@ -60,11 +60,17 @@ def combination(random: np.random.Generator, number: int) -> dict[str, Any]:
         start, end = np.sort(random.uniform(0, 0.206, 2))
         return call | {"audio": SOUND, "span": (start, end), "keep_original": bool(random.random() < 0.5)}
     if kind == "any":
-        return call | {"output": "any", "max_new_tokens": int(random.integers(10, 60))}
-    outputs = tuple(random.choice(MODALITIES, size=random.integers(1, 4)))
-    call |= {"output": outputs, "size": some(0.5, lambda: tuple(int(n) * PATCH_PX for n in random.integers(1, 5, 2)))}
-    call["duration_s"] = some(0.5, lambda: float(random.integers(1, 20) / RATE_HZ))
-    return call
+        outputs: Any = "any"
+        call["max_new_tokens"] = int(random.integers(10, 60))
+    else:
+        outputs = tuple(str(name) for name in random.choice(MODALITIES, size=random.integers(1, 4)))
+    shapes = {
+        "image": {"size": some(0.5, lambda: tuple(int(n) * PATCH_PX for n in random.integers(1, 5, 2)))},
+        "audio": {"duration_s": some(0.5, lambda: float(random.integers(1, 20) / RATE_HZ))},
+    }
+    for name, shape in shapes.items():
+        call |= shape if {name, "any"} & ({outputs} if outputs == "any" else set(outputs)) else {}
+    return call | {"output": outputs}
 
 
 def budget_of(model: AnyGen, call: dict[str, Any], random: np.random.Generator) -> int | None:

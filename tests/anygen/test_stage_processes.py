@@ -129,6 +129,15 @@ def test_where_one_process_fails_all_end(root: Path, tmp_path: Path) -> None:  #
     assert "DataError: this process cannot read its pictures" in said and time.monotonic() - began < 100
 
 
+def test_where_the_first_process_cannot_begin_the_others_leave_in_a_sentence(root: Path, tmp_path: Path) -> None:  # noqa: F811
+    config = recipe_of(work_in(root, tmp_path / "run"), steps=6)
+    loop = {**config.vqkd_loop.model_dump(mode="json"), "start_from": str(tmp_path / "nothing")}
+    _, said = launched(config, code=1, vqkd_loop=loop)
+    assert f"ConfigError: start_from={tmp_path / 'nothing'} has no" in said
+    assert "ConfigError: stage image_tokenizer was not begun: the first process says why" in said
+    assert "in _follow" not in said, "no traceback of ours"
+
+
 def test_a_batch_that_does_not_divide_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "count", lambda: 3)
     with pytest.raises(ConfigError, match=r"batch_size=16 is of all processes together .* multiple of their number, 3"):
