@@ -57,6 +57,8 @@ def _bundle(path: Path) -> Facts:
         "ranges": {r.name: [r.start, r.stop] for r in bundle.vocabulary.ranges},
         "layout": bundle.layout.to_json(),
         "defaults": {name: options.to_json() for name, options in bundle.defaults.items()},
+        "via": dict(bundle.via),
+        "best of": dict(bundle.best_of),
         "diffusion decoders": {name: list(drivers) for name, drivers in bundle.renderers.items()},
     }
 

@@ -20,7 +20,7 @@ def train(
     from anygen.stages.run import load_recipe, run_stage
     from anygen.training import processes
 
-    config = load_recipe(recipe, overrides or (), root=root, default_root=Path("runs") / recipe.resolve().parent.name)
+    config = load_recipe(recipe, overrides or (), root=root)
     if dry_run:
         from anygen.stages.dry_run import weigh
 

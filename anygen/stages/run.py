@@ -35,25 +35,21 @@ _PATIENCE_S = 60.0
 """How long the shares of a stage wait for one another to look after the run's folder."""
 
 
-def load_recipe(
-    path: Path, overrides: Iterable[str] = (), *, root: Path | None = None, default_root: Path | None = None
-) -> StageConfig:
+def load_recipe(path: Path, overrides: Iterable[str] = (), *, root: Path | None = None) -> StageConfig:
     """The config in a recipe, with overrides.
 
     Args:
         path: of the recipe.
         overrides: `key.sub=value`.
-        root: folder of the run, whatever the recipe says.
-        default_root: where neither `root` nor the recipe nor an override says one.
+        root: folder of the run, whatever the recipe says; where nothing says one, in `runs`, named as the recipe's.
 
     Raises:
         ConfigError: unreadable, no such stage, or a key or value that does not fit, by name.
     """
     values = override(read_yaml(path), overrides)
+    values.setdefault("root", Path("runs") / path.resolve().parent.name)
     if root is not None:
         values["root"] = root
-    elif default_root is not None:
-        values.setdefault("root", default_root)
     name = values.get("stage")
     if not isinstance(name, str) or name not in STAGES:
         raise ConfigError(f"{path}: stage is {name!r}; expected one of {', '.join(STAGES)}")

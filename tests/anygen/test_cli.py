@@ -207,6 +207,10 @@ def test_tokenize_prints_codes_and_ids(bundle_folder: Path, files: Path) -> None
 def test_inspect_a_bundle_and_list_recipes(bundle_folder: Path) -> None:
     facts = json.loads(anygen("inspect", bundle_folder, "--json").stdout)
     assert facts["kind"] == "bundle" and facts["name"] == "tiny" and "text" in facts["ranges"]
+    usual = json.loads(anygen("inspect", "nano", "--json").stdout)
+    assert usual["best of"]["text>image"] > 1 and usual["via"]["audio>image"] == "text_only"
+    recipe = json.loads(anygen("inspect", "recipes/nano/rare/pretrain.yaml", "--json").stdout)
+    assert (recipe["kind"], recipe["root"]) == ("recipe", "runs/rare")
     listed = anygen("recipes", "ls").stdout.split()
     assert "smoke/pretrain.yaml" in listed and "nano/pretrain.yaml" in listed
     shown = anygen("recipes", "show", "smoke/pretrain.yaml").stdout
