@@ -70,6 +70,13 @@ class _Folder:
             raise DataError(f"{config.path} is not a folder; expected one with pictures or a {METADATA}")
         path = config.path / METADATA
         self.rows = _metadata_rows(path) if path.exists() else _tree_rows(config.path, warn=True)
+        bare = [row["file_name"] for row in self.rows if not row["text"].strip()]
+        if bare:
+            logger.warning(
+                "%s: %d of %d files have no caption, so they teach nothing that takes or gives a text; first: %r. "
+                "Captions are the names of class folders (%s/red_apple/1.png), or text in a %s",
+                *(config.path, len(bare), len(self.rows), bare[0], config.path.name, METADATA),
+            )
 
     def items(self) -> Items:
         items: Items = {"train": [], "validation": [], "test": [], "unheard": []}

@@ -297,8 +297,9 @@ def test_a_plain_folder_gives_its_pictures_and_sounds_with_their_class_as_captio
 ) -> None:
     source = FolderSource(path=tree_of(tmp_path / "d"), picture_side_px=10)
     opened = source.open()
-    (warning,) = caplog.messages
-    assert "ignored 1 files that are no pictures and no sounds" in warning
+    ignored, bare = caplog.messages
+    assert "ignored 1 files that are no pictures and no sounds" in ignored
+    assert "1 of 7 files have no caption" in bare and "first: 'loose.png'" in bare and "(d/red_apple/1.png)" in bare
     for split, rows in opened.items().items():
         assert rows == sorted(rows, key=lambda row: row["file_name"])
         assert all(split_by_key(row["file_name"]) == split for row in rows)
@@ -316,10 +317,12 @@ def test_a_plain_folder_gives_its_pictures_and_sounds_with_their_class_as_captio
     assert len({opened.record(row).key for row in rows}) == 7
 
 
-def test_metadata_decides_alone_where_there_is_one(tmp_path: Path) -> None:
+def test_metadata_decides_alone_where_there_is_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tree_of(tmp_path / "d")
     (root / "metadata.jsonl").write_text(json.dumps({"file_name": "loose.png", "text": "a cat"}))
-    assert [row["file_name"] for row in items_of(FolderSource(path=root))] == ["loose.png"]
+    assert [row["file_name"] for row in items_of(FolderSource(path=root))] == ["loose.png"] and not caplog.messages
+    (root / "metadata.jsonl").write_text('{"file_name": "loose.png"}\n{"file_name": "loose.png", "text": " "}')
+    assert len(items_of(FolderSource(path=root))) == 2 and "2 of 2 files have no caption" in caplog.text
 
 
 def test_a_plain_folder_is_listed_by_names_and_sizes(tmp_path: Path) -> None:
