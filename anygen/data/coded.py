@@ -213,9 +213,9 @@ class CodedStore:
         """Which shard a record is in."""
         return int(np.searchsorted(self._starts, number, side="right")) - 1
 
-    def numbers(self, kind: str, needs: Has) -> npt.NDArray[np.integer[Any]]:
-        """Numbers of the records of a kind (all where it is empty) that hold everything in `needs`, in order."""
-        fits_N = (self._has_N & int(needs)) == int(needs)
+    def numbers(self, kind: str, needs: Has, lacks: Has) -> npt.NDArray[np.integer[Any]]:
+        """Numbers of the records of a kind (all where it is empty) that hold all of `needs` and none of `lacks`."""
+        fits_N = (self._has_N & int(needs | lacks)) == int(needs)
         if kind:
             fits_N &= self._kind_N == self._kinds.get(kind, -1)
         return np.flatnonzero(fits_N).astype(np.uint32 if len(self) < 2**32 else np.int64)

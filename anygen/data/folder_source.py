@@ -70,12 +70,14 @@ class _Folder:
             raise DataError(f"{config.path} is not a folder; expected one with pictures or a {METADATA}")
         path = config.path / METADATA
         self.rows = _metadata_rows(path) if path.exists() else _tree_rows(config.path, warn=True)
-        bare = [row["file_name"] for row in self.rows if not row["text"].strip()]
-        if bare:
+        told = {row["file_name"] for row in self.rows if row["text"]}
+        if bare := sorted({row["file_name"] for row in self.rows} - told):
+            remedy = (
+                f"Write it as text in {METADATA}" if path.exists() else "Put it in a class folder, such as red_apple/"
+            )
             logger.warning(
-                "%s: %d of %d files have no caption, so they teach nothing that takes or gives a text; first: %r. "
-                "Captions are the names of class folders (%s/red_apple/1.png), or text in a %s",
-                *(config.path, len(bare), len(self.rows), bare[0], config.path.name, METADATA),
+                "%s: %d of %d files have no caption, so they teach nothing that takes or gives a text; first: %r. %s",
+                *(config.path, len(bare), len(bare) + len(told), bare[0], remedy),
             )
 
     def items(self) -> Items:
@@ -136,7 +138,11 @@ def _row(path: Path, number: int, line: str) -> Row:
         raise DataError(
             f"{path}, line {number}: expected a JSON object with the texts file_name and, if there is one, text"
         ) from error
-    return {**row, "text": text or "", "line": number}  # one file may stand in several lines, with a caption each
+    return {
+        **row,
+        "text": (text or "").strip(),
+        "line": number,
+    }  # one file may stand in several lines, with a caption each
 
 
 def _tree_rows(root: Path, *, warn: bool = False) -> list[Row]:

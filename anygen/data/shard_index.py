@@ -36,6 +36,8 @@ class Has(IntFlag):
     OBJECTS = 16
     SPOKEN_QUESTIONS = 32
     STORY = 64
+    WORDLESS = 128
+    """Utterances, and no text of any of them. Indices written before there was this flag do not tell."""
 
 
 def has_of(row: Mapping[str, Any]) -> Has:
@@ -48,6 +50,8 @@ def has_of(row: Mapping[str, Any]) -> Has:
     for flag in Has:
         if row.get(str(flag.name).lower()):  # older rows lack the last ones
             found |= flag
+    if Has.UTTERANCES in found and not any(str(text).strip() for text, *_ in row["utterances"]):
+        found |= Has.WORDLESS
     return found
 
 

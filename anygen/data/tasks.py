@@ -96,6 +96,11 @@ class Direction:
         return needs | Has.CAPTIONS if "text" in modalities else needs
 
     @property
+    def lacks(self) -> Has:
+        """What makes a record unfit for this direction."""
+        return Has.WORDLESS if {"audio", "text"} <= {*self.inputs, *self.targets} else Has(0)
+
+    @property
     def speaks(self) -> bool:
         """True where it answers with sound to something else, or to a spoken question."""
         return self.special == "ask_aloud" or ("audio" in self.targets and "audio" not in self.inputs)
@@ -109,7 +114,8 @@ class Direction:
         content: dict[BlockName, list[Any]] = {"image": [record.picture] * 2, "text": self._texts(record, generator)}
         content["voken"] = [Vokens(record.picture, record.key)] * 2
         if "audio" in (*self.inputs, *self.targets):
-            utterances = generator.sample(record.utterances, 1)
+            said = [u for u in record.utterances if u.text.strip()] if self.lacks else record.utterances
+            utterances = generator.sample(said, 1)
             others = [u for u in record.utterances if u.text == utterances[0].text and u is not utterances[0]]
             utterances.append(generator.choice(others or utterances))
             content["audio"] = [utterance.codes for utterance in utterances]
@@ -139,7 +145,7 @@ def _infill(special: str, record: CodedRecord, generator: random.Random) -> Docu
     """What is known, then the text, then the whole: as `anygen.editing` asks for it."""
     if special == "infill_audio":
         utterance = generator.choice(record.utterances)
-        whole, texts = utterance.codes, [utterance.text]
+        whole, texts = utterance.codes, [utterance.text] if utterance.text else []
     else:
         assert record.picture is not None, "directions are given the records that they need"
         whole, texts = record.picture, list(record.captions)
@@ -227,14 +233,14 @@ class DocumentStream:
         self._drop_share, self._free_share, self._lookahead = drop_share, free_share, lookahead
         self._own_voices = own_voices
         self._directions = {text: Direction.parse(text) for text in weights}
-        wanted = {text: (d.kind, d.needs, rare_repeats.get(text, 1.0)) for text, d in self._directions.items()}
-        found = {want: store.numbers(*want[:2]) for want in set(wanted.values())}  # what is wanted alike is shared
+        wanted = {text: (d.kind, d.needs, d.lacks, rare_repeats.get(text, 1.0)) for text, d in self._directions.items()}
+        found = {want: store.numbers(*want[:3]) for want in set(wanted.values())}  # what is wanted alike is shared
         if rarest := {most for *_, most in found if most > 1}:
             records = [store[number] for number in range(len(store))]
             repeats_N = {most: repeats_by_rarity(records, most) for most in rarest} | {
                 1.0: np.ones(len(store), np.int64)
             }
-            found = {want: np.repeat(numbers, repeats_N[want[2]][numbers]) for want, numbers in found.items()}
+            found = {want: np.repeat(numbers, repeats_N[want[3]][numbers]) for want, numbers in found.items()}
         self._eligible = {text: found[want] for text, want in wanted.items()}
         shards = {t: np.diff(np.searchsorted(items, store.starts)).tolist() for t, items in self._eligible.items()}
         self._mixture = Mixture(

@@ -81,7 +81,7 @@ def test_records_and_what_they_hold_are_found_with_and_without_an_index_file(
                 for number, (own, content) in enumerate(held)
                 if kind in ("", own) and all(content[flag] for flag in ALL if flag & needs)
             ]
-            assert store.numbers(kind, Has(needs)).tolist() == expected
+            assert store.numbers(kind, Has(needs), Has(0)).tolist() == expected
 
 
 def test_opening_reads_no_record(tmp_path: Path) -> None:

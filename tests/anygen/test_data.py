@@ -299,7 +299,7 @@ def test_a_plain_folder_gives_its_pictures_and_sounds_with_their_class_as_captio
     opened = source.open()
     ignored, bare = caplog.messages
     assert "ignored 1 files that are no pictures and no sounds" in ignored
-    assert "1 of 7 files have no caption" in bare and "first: 'loose.png'" in bare and "(d/red_apple/1.png)" in bare
+    assert "1 of 7 files have no caption" in bare and "first: 'loose.png'. Put it in a class folder" in bare
     for split, rows in opened.items().items():
         assert rows == sorted(rows, key=lambda row: row["file_name"])
         assert all(split_by_key(row["file_name"]) == split for row in rows)
@@ -321,8 +321,12 @@ def test_metadata_decides_alone_where_there_is_one(tmp_path: Path, caplog: pytes
     root = tree_of(tmp_path / "d")
     (root / "metadata.jsonl").write_text(json.dumps({"file_name": "loose.png", "text": "a cat"}))
     assert [row["file_name"] for row in items_of(FolderSource(path=root))] == ["loose.png"] and not caplog.messages
-    (root / "metadata.jsonl").write_text('{"file_name": "loose.png"}\n{"file_name": "loose.png", "text": " "}')
-    assert len(items_of(FolderSource(path=root))) == 2 and "2 of 2 files have no caption" in caplog.text
+    names = [("loose.png", "a cat"), ("loose.png", None), ("great_tit/1.bmp", " ")]
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": n, "text": t}) for n, t in names))
+    rows = items_of(FolderSource(path=root))
+    assert sorted(row["text"] for row in rows) == ["", "", "a cat"], "one file may stand in several lines"
+    (warning,) = caplog.messages
+    assert "1 of 2 files have no caption" in warning and "first: 'great_tit/1.bmp'. Write it as text in" in warning
 
 
 def test_a_plain_folder_is_listed_by_names_and_sizes(tmp_path: Path) -> None:
@@ -632,7 +636,8 @@ def test_what_is_missing_of_a_picture_is_a_rectangle() -> None:
 
 
 def test_directions_know_which_records_they_fit(tmp_path: Path) -> None:
-    write_coded_shard(tmp_path / "s", CODED, facts={})
+    wordless = CodedRecord("w", "emoji", utterances=(CodedUtterance(" ", "slt", CODED[0].utterances[0].codes),))
+    write_coded_shard(tmp_path / "s", [*CODED, wordless], facts={})
     store = CodedStore([tmp_path / "s"], facts={})
     expected = {
         "text>image": [0, 1],
@@ -644,14 +649,26 @@ def test_directions_know_which_records_they_fit(tmp_path: Path) -> None:
         "quiz_listed": [1],
         "infill_image": [0, 1],
         "scene:infill_image": [1],
-        "infill_audio": [0],
+        "infill_audio": [0, 3],
+        "audio>text": [0],
+        "audio>audio": [0, 3],
         "text>text": [0, 1, 2],
         ">image": [0, 1],
         "emoji:image>text,audio": [0],
         "nothing:text>text": [],
     }
     directions = {text: Direction.parse(text) for text in expected}
-    assert {t: store.numbers(d.kind, d.needs).tolist() for t, d in directions.items()} == expected
+    assert {t: store.numbers(d.kind, d.needs, d.lacks).tolist() for t, d in directions.items()} == expected
+
+
+def test_no_document_says_that_a_sound_without_words_says_nothing() -> None:
+    (said, *_), infill = CODED[0].utterances, Direction.parse("infill_audio")
+    silent = dataclasses.replace(said, text="")
+    half = dataclasses.replace(CODED[0], utterances=(silent, said))
+    for seed in range(20):
+        assert Direction.parse("audio>text").document(half, random.Random(seed)).segments[1].content == "a cat"
+        alone = infill.document(dataclasses.replace(half, utterances=(silent,)), random.Random(seed))
+        assert [segment.modality for segment in alone.segments] == ["audio", "audio"]
 
 
 def test_the_stream_is_a_pure_function_of_the_number(tmp_path: Path, tokenizers: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def test_every_spoken_question_gets_its_own_codes(tmp_path: Path, audio_tokenize
     write_coded_shard(tmp_path / "coded", coded, facts={})
     store = CodedStore([tmp_path / "coded"], facts={})
     assert list(store) == coded
-    assert store.numbers("", Has.SPOKEN_QUESTIONS).tolist() == [0, 2]
+    assert store.numbers("", Has.SPOKEN_QUESTIONS, Has(0)).tolist() == [0, 2]
     assert b"spoken_questions" not in (tmp_path / "coded" / RECORDS).read_bytes().splitlines()[1]
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import re
 import subprocess
@@ -32,7 +33,7 @@ from anygen.data.emoji_names import spoken_forms
 from anygen.data.emoji_pictures import EmojiFont
 from anygen.data.scenes import NUMBER_WORDS, answers_about, is_countable, questions_about
 from anygen.data.speech import HELD_OUT_VOICE, check_voices, speak, speaker_of
-from anygen.errors import AnyGenError, DataError, InputError
+from anygen.errors import AnyGenError, DataError, InputError, MissingDependency
 from tokenizers_mm.media import Audio
 
 FESTIVAL = (
@@ -42,6 +43,7 @@ FESTIVAL = (
 PICO = tuple(
     f"{tongue}@{pitch}" for tongue in ("en-US", "en-GB", "de-DE", "es-ES", "fr-FR", "it-IT") for pitch in (75, 100, 130)
 )
+RHVOICE_FOLDER = Path(os.environ.get("RHVOICE_VOICES", "/usr/share/RHVoice/voices"))
 RHVOICE = ("alan", "bdl", "clb", "slt")  # LGPL; the other English ones allow no derivatives
 VOICES = (*(f"festival/{name}" for name in FESTIVAL), *(f"pico/{name}" for name in PICO))
 _PICO_HZ = 16_000
@@ -76,23 +78,21 @@ def read_by_pico(voice: str, wanted: dict[Path, str]) -> str:
 
 
 def read_by_rhvoice(voice: str, wanted: dict[Path, str]) -> str:
-    """Write every sound; returns what could not be spoken."""
+    """Write every sound; returns what could not be spoken.
+
+    Raises:
+        MissingDependency: the voice is not installed.
+    """
     speaker, throat, tempo, pitch = rhvoice_manner(voice)
+    if not (folder := RHVOICE_FOLDER / speaker).is_dir():  # it would speak with another voice, and say nothing
+        raise MissingDependency(f"RHVoice's voice is not in {folder}")
+    command = ["RHVoice-test", "-p", speaker, "-r", f"{100 * tempo / throat:.0f}", "-t", f"{100 * pitch / throat:.0f}"]
     told = ""
     for path, text in wanted.items():
-        command = [
-            "RHVoice-test",
-            "-p",
-            speaker,
-            "-r",
-            f"{100 * tempo / throat:.0f}",
-            "-t",
-            f"{100 * pitch / throat:.0f}",
-        ]
         with tempfile.NamedTemporaryFile(suffix=".wav") as sound:
             done = subprocess.run([*command, "-o", sound.name], input=text, capture_output=True, text=True)  # noqa: S603
-            if done.returncode:
-                told = done.stderr.strip()[-200:] or f"exit code {done.returncode}"
+            if done.returncode or not Path(sound.name).stat().st_size:
+                told = done.stderr.strip()[-200:] or f"it said nothing for {text!r}, exit code {done.returncode}"
                 continue
             samples_T, rate_hz = soundfile.read(sound.name, dtype="float32")
         audio = Audio(samples_T, round(rate_hz * throat)).resampled(rate_hz)
@@ -107,14 +107,16 @@ def rhvoice_manner(voice: str) -> tuple[str, float, float, float]:
     ('bdl', 0.9, 1.1, 0.95)
 
     Raises:
-        InputError: no voice like this.
+        InputError: no voice like this, or a manner that RHVoice does not reach.
     """
     found = re.fullmatch(r"(\w+)(?:@(\d+)-(\d+)-(\d+))?", voice)
     throat, tempo, pitch = (int(part or 100) / 100 for part in found.groups()[1:]) if found else (0, 0, 0)
-    if not found or found[1] not in RHVOICE or not all(0.5 <= part <= 2 for part in (throat, tempo, pitch)):
+    is_reached = bool(throat) and all(0.5 <= part <= 2 for part in (throat, tempo / throat, pitch / throat))
+    if not found or found[1] not in RHVOICE or not is_reached:
         raise InputError(
             f"RHVoice has no voice {voice!r}: expected one of {', '.join(RHVOICE)}, and behind an @, if wanted, its "
-            "throat, tempo and pitch of 50 to 200 percent (bdl@90-110-95)"
+            "throat, tempo and pitch in percent (bdl@90-110-95): the first from 50 to 200, the others from half to "
+            "twice the first"
         )
     return found[1], throat, tempo, pitch
 
