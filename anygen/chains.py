@@ -17,7 +17,7 @@ from typing import Any, Literal
 from anygen.documents import Segment
 from anygen.plan import Way
 from anygen.planning import check_way, way_of
-from anygen.request import MAX_SAMPLES, Request
+from anygen.request import MAX_SAMPLES, SHAPED, Request
 from anygen.results import Sample
 
 _NOTHING = "?"
@@ -63,7 +63,7 @@ def _one_by_one(request: Request, made: Sequence[Sample]) -> _Call | None:
     if len(made) == len(request.outputs):
         return None
     output = request.outputs[len(made)]
-    unfit = {name: None for name, of in (("size", "image"), ("duration_s", "audio")) if of != output}
+    unfit = {name: None for name, of in SHAPED.items() if of != output}
     changes = {"output": output, "task": None if made else request.own_task, **unfit}
     is_told = bool(made) and request.outputs[0] == "text"
     return _Call(made[0].segments[:1] if is_told else request.inputs, changes, is_answer=True)

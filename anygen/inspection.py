@@ -58,7 +58,7 @@ def _bundle(path: Path) -> Facts:
         "layout": bundle.layout.to_json(),
         "defaults": {name: options.to_json() for name, options in bundle.defaults.items()},
         "via": dict(bundle.via),
-        "best of": dict(bundle.best_of),
+        "best_of": dict(bundle.best_of),
         "diffusion decoders": {name: list(drivers) for name, drivers in bundle.renderers.items()},
     }
 

@@ -40,6 +40,7 @@ MAX_SAMPLES = 1024
 MAX_WINDOW = 1024
 INPUT_ORDER: tuple[Modality, ...] = ("image", "audio", "text")
 """As in training: a question follows what it is about."""
+SHAPED: dict[str, Modality] = {"size": "image", "duration_s": "audio"}  # fields about one kind of output
 _TASK_OUTPUT: dict[str, Modality] = {
     "depict": "image",
     "caption": "text",
@@ -93,7 +94,7 @@ class Request:
     size: int | Sequence[int] | None = None
     """Height and width of generated pictures in pixels, or one side; by default the model chooses."""
     duration_s: float | None = None
-    """Length of generated sounds; by default the model chooses."""
+    """Length of generated sounds; by default the model chooses. This and `size` also hold for what `any` brings."""
     speculative_window: int | None = None
     """How many codes of a picture or sound one pass may add; 1 is plain sampling, None what was measured to be fastest.
     What is drawn is the same."""
@@ -116,7 +117,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.content is not None and any(v is not None for v in (self.text, self.image, self.audio)):
             raise InputError("pass either content or text, image and audio, not both")
-        for name in (*OPTION_NAMES, "duration_s", "size"):
+        for name in (*OPTION_NAMES, *SHAPED):
             if isinstance(value := getattr(self, name), np.generic):
                 object.__setattr__(self, name, value.item())
         self._take_integer("num_samples", 1, MAX_SAMPLES)
@@ -137,9 +138,9 @@ class Request:
             sides_of(self.size)
         if self.duration_s is not None:
             check_duration(self.duration_s)
-        for name, made in (("size", "image"), ("duration_s", "audio")):
-            if getattr(self, name) is not None and not {made, "any"} & set(self.outputs):
-                raise InputError(f"{name} is of a generated {made}; got output {self.outputs}: leave it out")
+        for name, of in SHAPED.items():
+            if getattr(self, name) is not None and not {of, "any"} & set(self.outputs):
+                raise InputError(f"{name} is of output {of!r}; got {self.outputs}: leave it out, or ask for both")
         if self.num_inference_steps is not None:
             if self.decoder == "codes":
                 raise InputError("num_inference_steps is of diffusion decoders; decoder='codes' draws in one step")

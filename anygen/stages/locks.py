@@ -19,17 +19,38 @@ def locked(root: Path, *, wait_s: float = 0.0) -> Iterator[None]:
         CheckpointError: another process holds it.
     """
     root.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(root / ".lock").acquire(timeout=wait_s):
-            yield
-    except Timeout as error:
-        raise CheckpointError(
-            f"another anygen process is at work in {root}: wait for it, or use another root"
-        ) from error
+    with _held(root / ".lock", wait_s):
+        yield
+
+
+@contextlib.contextmanager
+def share_locked(root: Path, stage: str, share: str) -> Iterator[None]:
+    """Hold a share (`2/16`) of a stage.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    with _held(root / f".share-{stage}-{share.replace('/', '-of-')}"):
+        yield
 
 
 def require_no_shares(root: Path) -> None:
-    """Raise filelock's Timeout where a share of a stage is at work there; inside `locked` that is a CheckpointError."""
+    """Raise CheckpointError where a share of any stage is at work in a run's folder."""
     for path in root.glob(".share-*"):
-        with FileLock(path).acquire(timeout=0):
+        with _held(path):
             pass
+
+
+@contextlib.contextmanager
+def _held(path: Path, wait_s: float = 0.0) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=wait_s)
+    except Timeout as error:
+        raise CheckpointError(
+            f"another anygen process is at work in {path.parent}: wait for it, or use another root"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

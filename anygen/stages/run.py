@@ -10,20 +10,18 @@ import contextlib
 import importlib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
-from filelock import FileLock
-
 from anygen.config import Config, build, override, read_yaml
-from anygen.errors import ConfigError
+from anygen.errors import ConfigError, TrainingError
 from anygen.files import read_json, remove_leftovers, write_json
 from anygen.stages.base import StageConfig, StageResult
 from anygen.stages.catalogue import ALTERNATIVES, OPTIONAL, STAGES
 from anygen.stages.earlier_run import take_over
-from anygen.stages.locks import locked, require_no_shares
+from anygen.stages.locks import locked, require_no_shares, share_locked
 from anygen.training import processes
 from anygen.training.checkpoint import checkpoints
 from anygen.training.loop import CHECKPOINTS, LoopConfig
@@ -84,6 +82,7 @@ def run_stage(config: StageConfig) -> StageResult:
     Raises:
         CheckpointError: another process is at work in the same run.
         ConfigError: a stage that it reads has not been run, or several processes for a stage that runs in one.
+        TrainingError: (in all processes but the first) the first could not begin.
     """
     if processes.started_as_several():
         if not config.several_processes:
@@ -94,37 +93,34 @@ def run_stage(config: StageConfig) -> StageResult:
     if config.share():
         return _run_share(config)
     with contextlib.ExitStack() as locks:
-        with _others_told_of_failure():
+        what = "failed"
+        try:
             locks.enter_context(locked(config.root))
             require_no_shares(config.root)
             identity, done = _begun(config, sweeps=True)
-        processes.told("work" if done is None else "done")
+            what = "work" if done is None else "done"
+        finally:
+            _tell(what)
         return _lead(config, identity) if done is None else done
 
 
-@contextlib.contextmanager
-def _others_told_of_failure() -> Iterator[None]:
-    """Of a first process that cannot begin, for which they wait."""
-    try:
-        yield
-    except Exception:
-        processes.told("failed")
-        raise
+def _tell(what: str) -> None:
+    """Tell the other processes, which wait in `_follow`, what the first one found."""
+    gone = contextlib.suppress(RuntimeError) if what == "failed" else contextlib.nullcontext()  # why it failed counts
+    with gone:
+        processes.told(what)
 
 
 def _run_share(config: StageConfig) -> StageResult:
     """Run a share of a stage beside other shares: the run's lock is held only while its folder is looked after."""
-    mine = FileLock(config.root / f".share-{config.stage}-{config.share().replace('/', '-of-')}")
-    with locked(config.root, wait_s=_PATIENCE_S):
-        identity, done = _begun(config, sweeps=False)  # the other shares are at work on what looks like leftovers
-        if done is not None:
-            return done
-        mine.acquire(timeout=0)
-    started = time.monotonic()
-    try:
+    with contextlib.ExitStack() as mine:
+        with locked(config.root, wait_s=_PATIENCE_S):
+            identity, done = _begun(config, sweeps=False)  # other shares are at work on what looks like leftovers
+            if done is not None:
+                return done
+            mine.enter_context(share_locked(config.root, config.stage, config.share()))
+        started = time.monotonic()
         result: StageResult = importlib.import_module(type(config).__module__).main(config)
-    finally:
-        mine.release()
     if result.unfinished:
         logger.info("%s: share %s is done; %s", config.stage, config.share(), result.unfinished)
         return result
@@ -198,7 +194,7 @@ def _follow(config: StageConfig) -> StageResult:
     """The part of every other process."""
     what = processes.told(None)
     if what == "failed":
-        raise ConfigError(f"stage {config.stage} was not begun: the first process says why")
+        raise TrainingError(f"stage {config.stage} was not begun: the first process says why")
     if what == "work":
         importlib.import_module(type(config).__module__).main(config)
         processes.wait()

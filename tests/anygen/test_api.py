@@ -61,6 +61,15 @@ def test_shapes_can_be_asked_for(model: AnyGen) -> None:
     assert model.generate(output="audio", duration_s=0.5).audio.duration_s == 0.5
 
 
+def test_shapes_hold_for_what_the_model_chooses_to_make(model: AnyGen) -> None:
+    call = {"output": "any", "size": (16, 24), "duration_s": 0.1, "num_samples": 40, "max_new_tokens": 60}
+    samples = model.generate(**call, temperature=1.5).samples
+    pictures = [picture for sample in samples for picture in sample.of("image")]
+    sounds = [sound for sample in samples for sound in sample.of("audio")]
+    assert pictures and {picture.size for picture in pictures} == {(24, 16)}
+    assert sounds and {sound.duration_s for sound in sounds} == {0.1}
+
+
 def test_task_alone_says_what_to_generate(model: AnyGen) -> None:
     assert model.generate(image=INPUTS["image"], task="caption", max_new_tokens=20).text is not None
     assert model.generate(text="a cat", task="locate").regions
@@ -103,9 +112,11 @@ def test_task_alone_says_what_to_generate(model: AnyGen) -> None:
             "task 'caption' gives text first; got output .'image', 'text'.",
         ),
         ({"output": "image", "size": 15}, "multiples of 8"),
+        ({"output": "any", "size": 15}, "multiples of 8"),
+        ({"output": "any", "duration_s": 60.0}, "at most 6.0"),
         ({"output": "image", "size": (16,)}, "size must be a side"),
-        ({"output": ("text", "audio"), "size": 16}, "size is of a generated image; got output .'text', 'audio'."),
-        ({"output": "image", "duration_s": 1.0}, "duration_s is of a generated audio; got output .'image',.: leave it"),
+        ({"output": ("text", "audio"), "size": 16}, "size is of output 'image'; got .'text', 'audio'.: leave"),
+        ({"output": "image", "duration_s": 1.0}, "duration_s is of output 'audio'; got .'image',.: leave it out"),
         ({"output": "image", "size": 8 * 7}, "cannot give image"),
         ({"output": "audio", "duration_s": 0}, "duration_s"),
         ({"output": "audio", "duration_s": 60.0}, "at most 6.0"),

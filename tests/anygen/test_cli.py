@@ -208,7 +208,7 @@ def test_inspect_a_bundle_and_list_recipes(bundle_folder: Path) -> None:
     facts = json.loads(anygen("inspect", bundle_folder, "--json").stdout)
     assert facts["kind"] == "bundle" and facts["name"] == "tiny" and "text" in facts["ranges"]
     usual = json.loads(anygen("inspect", "nano", "--json").stdout)
-    assert usual["best of"]["text>image"] > 1 and usual["via"]["audio>image"] == "text_only"
+    assert usual["best_of"]["text>image"] > 1 and usual["via"]["audio>image"] == "text_only"
     recipe = json.loads(anygen("inspect", "recipes/nano/rare/pretrain.yaml", "--json").stdout)
     assert (recipe["kind"], recipe["root"]) == ("recipe", "runs/rare")
     listed = anygen("recipes", "ls").stdout.split()

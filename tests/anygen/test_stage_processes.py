@@ -134,7 +134,7 @@ def test_where_the_first_process_cannot_begin_the_others_leave_in_a_sentence(roo
     loop = {**config.vqkd_loop.model_dump(mode="json"), "start_from": str(tmp_path / "nothing")}
     _, said = launched(config, code=1, vqkd_loop=loop)
     assert f"ConfigError: start_from={tmp_path / 'nothing'} has no" in said
-    assert "ConfigError: stage image_tokenizer was not begun: the first process says why" in said
+    assert "TrainingError: stage image_tokenizer was not begun: the first process says why" in said
     assert "in _follow" not in said, "no traceback of ours"
 
 
