@@ -47,7 +47,9 @@ def average(first: Path, second: Path, share: float, out: Path) -> None:
             }
             save_file(mixed, shard, metadata={"format": "pt"})
         facts = json.loads((folder / "anygen.json").read_text(encoding="utf-8"))
-        facts["provenance"]["averaged"] = {"share": share, "with": bundles[1].provenance}
+        before = facts["provenance"].get("averaged")  # of the first bundle, where it is an average itself
+        done = {"share": share, "with": bundles[1].provenance} | ({"before": before} if before else {})
+        facts["provenance"]["averaged"] = done
         (folder / "anygen.json").write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
