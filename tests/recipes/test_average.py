@@ -48,6 +48,10 @@ def test_weights_are_mixed_and_the_bundle_works_and_says_so(bundle_folder: Path,
         torch.equal(new[n].float(), (1.25 * old[n].float()).to(new[n].dtype).float()) for n in new
     )
     assert load_bundle(out).provenance["averaged"]["share"] == 0.25
+    again = tmp_path / "again"
+    assert run(out, bundle_folder, "--share", "0.5", "--out", again).returncode == 0
+    averaged = load_bundle(again).provenance["averaged"]
+    assert (averaged["share"], averaged["before"]["share"]) == (0.5, 0.25), "an average of an average tells of both"
     assert AnyGen.from_pretrained(out).generate(text="a", output="text", max_new_tokens=4).text is not None
 
 
