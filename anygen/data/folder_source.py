@@ -138,11 +138,8 @@ def _row(path: Path, number: int, line: str) -> Row:
         raise DataError(
             f"{path}, line {number}: expected a JSON object with the texts file_name and, if there is one, text"
         ) from error
-    return {
-        **row,
-        "text": (text or "").strip(),
-        "line": number,
-    }  # one file may stand in several lines, with a caption each
+    # one file may stand in several lines, with a caption each
+    return {**row, "text": (text or "").strip(), "line": number}
 
 
 def _tree_rows(root: Path, *, warn: bool = False) -> list[Row]:

@@ -145,7 +145,7 @@ def _infill(special: str, record: CodedRecord, generator: random.Random) -> Docu
     """What is known, then the text, then the whole: as `anygen.editing` asks for it."""
     if special == "infill_audio":
         utterance = generator.choice(record.utterances)
-        whole, texts = utterance.codes, [utterance.text] if utterance.text else []
+        whole, texts = utterance.codes, [utterance.text] if utterance.text.strip() else []
     else:
         assert record.picture is not None, "directions are given the records that they need"
         whole, texts = record.picture, list(record.captions)

@@ -663,7 +663,7 @@ def test_directions_know_which_records_they_fit(tmp_path: Path) -> None:
 
 def test_no_document_says_that_a_sound_without_words_says_nothing() -> None:
     (said, *_), infill = CODED[0].utterances, Direction.parse("infill_audio")
-    silent = dataclasses.replace(said, text="")
+    silent = dataclasses.replace(said, text=" ")
     half = dataclasses.replace(CODED[0], utterances=(silent, said))
     for seed in range(20):
         assert Direction.parse("audio>text").document(half, random.Random(seed)).segments[1].content == "a cat"

@@ -2,7 +2,8 @@ r"""Names of emoji in more voices, as a folder of sounds: 30 more speakers for a
 
     apt-get install festival festvox-{italp16k,itapc16k,kdlpc16k,us-slt-hts,ru,suopuhe-lj,suopuhe-mv,ca-ona-hts} \
         festvox-czech-{dita,krb,machac,ph}
-    apt-get install rhvoice rhvoice-english  # only for rhvoice/: Debian's non-free, its voices being trained networks
+    apt-get install rhvoice rhvoice-english  # only for rhvoice/: Debian's non-free, its voices being trained networks;
+                                             # RHVOICE_VOICES names their folder where it is not Debian's
     pip install ttspico
     python recipes/speech/voices/more_voices.py voices [--names 500] [--voices festival/ked_diphone pico/en-GB@75]
 
