@@ -129,7 +129,7 @@ class AnyGen:
         return [Output(tuple(chain.whole() for chain in group)) if group else next(outputs) for group in chains]
 
     def _generated(self, requests: Sequence[Request]) -> list[Output]:
-        requests = [with_usual_best_of(request, self.bundle.best_of, self.bundle.defaults) for request in requests]
+        requests = [with_usual_best_of(request, self.bundle) for request in requests]
         states = self._answering(requests, [self._states(request) for request in requests])
         for _ in sample(self.engine, [state for group in states for state in group]):
             pass

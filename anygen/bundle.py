@@ -23,8 +23,9 @@ import torch
 from anygen.documents import Tokenizers
 from anygen.errors import CheckpointError, InputError
 from anygen.files import MANIFEST, publishing, read_json, verify, write_json
+from anygen.judging import BestOf, checked_best_of, to_json
 from anygen.layout import Layout
-from anygen.plan import Way, can_be_read_back, misfit
+from anygen.plan import Way, misfit
 from anygen.sampling.choose import SamplingOptions
 from anygen.vocabulary import Vocabulary
 from decoders.carried import carried, open_renderer
@@ -58,8 +59,8 @@ class Bundle:
     """The diffusion decoders it carries: name (`image`) to what drives them (`codes`, `vokens`)."""
     via: Mapping[str, Way] = field(default_factory=dict)
     """Direction (`audio>image`) to what it writes before its answer, where nothing else is asked for."""
-    best_of: Mapping[str, int] = field(default_factory=dict)
-    """Direction (`text>image`) to how many answers it draws for one that it keeps, where no number is asked for."""
+    best_of: Mapping[str, BestOf] = field(default_factory=dict)
+    """Direction (`text>image`) to how many answers it draws for one that it keeps, and how it judges them."""
     _opened: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def renderer(self, name: str) -> Any:
@@ -114,7 +115,7 @@ def save_bundle(
     card: str,
     decoders: Mapping[str, Path] | None = None,
     via: Mapping[str, str] | None = None,
-    best_of: Mapping[str, int] | None = None,
+    best_of: Mapping[str, BestOf] | None = None,
 ) -> None:
     """Publish a bundle atomically.
 
@@ -137,7 +138,7 @@ def save_bundle(
                 "layout": layout.to_json(),
                 "defaults": {name: options.to_json() for name, options in defaults.items()},
                 **({"via": dict(via)} if via else {}),
-                **({"best_of": dict(best_of)} if best_of else {}),
+                **({"best_of": to_json(best_of)} if best_of else {}),
                 "provenance": dict(provenance),
             },
         )
@@ -191,22 +192,6 @@ def checked_via(facts: Mapping[str, Any]) -> dict[str, Way]:
             raise ValueError(f"via holds directions, to any but 'any', each with one of {get_args(Way)}; got {facts!r}")
         if unfit := misfit(way, inputs.split(",") if inputs else (), outputs.split(",")):
             raise ValueError(f"via: {way!r} {unfit}; it cannot be that of {direction!r}")
-    return dict(facts)
-
-
-def checked_best_of(facts: Mapping[str, Any]) -> dict[str, int]:
-    """How many answers are drawn for one that is kept, by direction.
-
-    Raises:
-        ValueError: no direction whose answers can be read backwards, or no number of answers.
-    """
-    for direction, number in facts.items():
-        given, _, made = direction.partition(">")
-        if not can_be_read_back([given], [made]) or type(number) is not int or number < 1:
-            raise ValueError(
-                "best_of holds directions from one of text, image, audio to another, each with a number of answers; "
-                f"got {direction!r}: {number!r}"
-            )
     return dict(facts)
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from anygen.documents import Segment
+from anygen.judging import BestOf
 from anygen.plan import Way
 from anygen.planning import check_way, way_of
 from anygen.request import MAX_SAMPLES, SHAPED, Request
@@ -149,7 +150,7 @@ def _words(content: Any) -> Any:
     return _NOTHING if isinstance(content, str) and not content.strip() else content
 
 
-def chains_of(request: Request, ways: Mapping[str, Way], best_of: Mapping[str, int]) -> list[Chain]:
+def chains_of(request: Request, ways: Mapping[str, Way], best_of: Mapping[str, BestOf]) -> list[Chain]:
     """Of a request that is answered by such a chain, one for each answer; else none.
 
     A chain draws from seeds of its own, as many as the best of several takes: two answers share no draw.
@@ -169,7 +170,7 @@ def chains_of(request: Request, ways: Mapping[str, Way], best_of: Mapping[str, i
         return []
     if way == "one_by_one" and request.via is None and request.max_new_tokens is not None:
         return []  # a budget that is given is one for all outputs
-    width = max([1, *best_of.values()]) if request.best_of is None else 1
+    width = max([1, *(usual.number for usual in best_of.values())]) if request.best_of is None else 1
     if width > 1 and request.num_samples * width > MAX_SAMPLES:
         request, width = request.with_best_of(1), 1
     drawn = request.with_best_of(width).generators()[::width]

@@ -25,6 +25,14 @@ def way_of(request: Request, usual: Mapping[str, Way]) -> Way | None:
     return usual.get(f"{inputs}>{','.join(request.outputs)}")
 
 
+def steps_of(request: Request, usual: Mapping[str, Way]) -> tuple[str, ...]:
+    """From one medium to one other: the direction itself (`audio>image`), or by way of a text (`audio>text`, ...)."""
+    given, wanted = request.kinds[0], request.outputs[0]
+    if way_of(request, usual) in ("text", "text_only") and "text" not in (given, wanted):
+        return f"{given}>text", f"text>{wanted}"
+    return (f"{given}>{wanted}",)
+
+
 def check_way(way: Way | None, request: Request) -> None:
     """Raise InputError where this way is none for the request."""
     if way is not None and (unfit := misfit(way, request.kinds, request.outputs)):

@@ -4,13 +4,16 @@ An answer is scored by log p(input | answer), the model read backwards: text -> 
 called that, speech -> text by how likely the text is spoken so. The input is the same for all answers, so this is their
 mutual information with it up to a constant (MMI, Li et al. 2016, arXiv 1510.03055, with all of its weight on the
 backward model). DALL-E (arXiv 2102.12092) needs CLIP for it; an any-to-any model is its own judge. Where a text is
-written between the two (`Request.via`), each step is read backwards: log p(input | text) + log p(text | answer).
+written between the two (`Request.via`), each step is judged: log p(input | text) + log p(text | answer).
+
+A bundle may say that a direction is judged forward, by log p(answer | input), as recognisers of speech search for the
+likeliest words: a voice that a model never speaks is about as unlikely whatever it says.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +22,7 @@ from anygen.bundle import Bundle
 from anygen.documents import Document, Segment, default_task
 from anygen.errors import InputError
 from anygen.plan import can_be_read_back
+from anygen.planning import steps_of
 from anygen.request import MAX_SAMPLES, Request
 from anygen.sampling.choose import SamplingOptions
 from anygen.sampling.likelihood import answer_nats
@@ -31,25 +35,31 @@ def is_ranked(request: Request) -> bool:
     return can_be_read_back(request.kinds, request.outputs)
 
 
-def with_usual_best_of(request: Request, usual: Mapping[str, int], defaults: Mapping[str, SamplingOptions]) -> Request:
-    """The request, drawing as many answers as is usual for its direction where it does not say how many.
+def with_usual_best_of(request: Request, bundle: Bundle) -> Request:
+    """The request, drawing as many answers as the bundle does in its direction where it does not say how many.
 
     One answer where all of them would be the same, or cannot be compared.
-
-    Args:
-        request: what is asked for.
-        usual: direction to how many are drawn.
-        defaults: sampling options of the model, by modality.
     """
-    if not usual or request.best_of is not None or request.own_task is not None:
+    if request.best_of is not None or request.own_task is not None:
         return request
     if not is_ranked(request) or request.decoder == "voken":
         return request
-    options = request.options(defaults)
-    if all(options[name].is_greedy for name in (request.outputs[0], "control")):
-        return request
-    number = min(usual.get(f"{request.kinds[0]}>{request.outputs[0]}", 1), MAX_SAMPLES // request.num_samples)
-    return request.with_best_of(number) if number > 1 else request
+    usual = bundle.best_of.get(f"{request.kinds[0]}>{request.outputs[0]}")
+    number = min(usual.number, MAX_SAMPLES // request.num_samples) if usual else 1
+    ranked = request.with_best_of(number)
+    options = options_of(ranked, bundle)
+    drawn = ("control", *(step.partition(">")[2] for step in steps_of(request, bundle.via)))
+    return request if number < 2 or all(options[name].is_greedy for name in drawn) else ranked
+
+
+def options_of(request: Request, bundle: Bundle) -> dict[str, SamplingOptions]:
+    """Sampling options by modality; each of several answers is drawn at the temperatures for several."""
+    defaults = dict(bundle.defaults)
+    for step in steps_of(request, bundle.via) if request.num_drawn > 1 else ():
+        if (usual := bundle.best_of.get(step)) is not None:
+            drawn = step.partition(">")[2]
+            defaults[drawn] = defaults.get(drawn, SamplingOptions()).override(temperature=usual.temperature)
+    return request.options(defaults)
 
 
 def check_ranked(request: Request) -> None:
@@ -65,25 +75,26 @@ def check_ranked(request: Request) -> None:
 
 
 def best_of(bundle: Bundle, sequencer: Sequencer, states: Sequence[SampleState], num: int) -> list[SampleState]:
-    """Of each `num` finished answers to one request, the one that makes it likeliest; the first where several do."""
-    chains = [_backwards(sequencer, state) for state in states]
+    """Of each `num` finished answers to one request, the best; the first where several are."""
+    chains = [_judged(bundle, sequencer, state) for state in states]
     sequences = [sequencer.build(document) for chain in chains for document in chain]
     nats = iter([float(nats_P.sum()) for _, nats_P in answer_nats(bundle.model, bundle.vocabulary, sequences)])
     scores = [-sum(itertools.islice(nats, len(chain))) for chain in chains]
     return [states[start + int(np.argmax(scores[start : start + num]))] for start in range(0, len(states), num)]
 
 
-def _backwards(sequencer: Sequencer, state: SampleState) -> list[Document]:
-    """Of each step from the input to the answer, what it gave as the input and what it read as the answer."""
+def _judged(bundle: Bundle, sequencer: Sequencer, state: SampleState) -> list[Document]:
+    """Of each step from the input to the answer what it read and gave, as its judge reads them."""
     segments = _segments(sequencer, state)
     if state.earlier is not None:
         segments = (*_segments(sequencer, state.earlier), *segments[-1:])
-    return [
-        Document(
-            (replace(given, target=False), replace(read, target=True)), default_task((given.modality,), read.modality)
-        )
-        for read, given in itertools.pairwise(segments)
-    ]
+    documents = []
+    for read, given in itertools.pairwise(segments):
+        usual = bundle.best_of.get(f"{read.modality}>{given.modality}")
+        known, told = (read, given) if usual is not None and usual.judge == "forward" else (given, read)
+        task = default_task((known.modality,), told.modality)
+        documents.append(Document((replace(known, target=False), replace(told, target=True)), task))
+    return documents
 
 
 def _segments(sequencer: Sequencer, state: SampleState) -> tuple[Segment, ...]:

@@ -16,6 +16,7 @@ from anygen.errors import InputError
 from anygen.grammar import Grammar
 from anygen.plan import Block, Plan, Way
 from anygen.planning import check_way, ids_of_via, plan_of, way_of
+from anygen.ranking import options_of
 from anygen.request import Request
 from anygen.sampling.sampler import SampleState
 from anygen.sequence import Sequencer
@@ -82,7 +83,7 @@ class Starter:
             plan = self._plan(request, via, room) if edit is None else Plan((edit.block(self._sequencer),))
         budget = self._budget(plan, len(prompt), wanted)
         dropped = self._sequencer.prompt(document, drop_inputs=True) if document.segments else None
-        options = request.options(self._bundle.defaults)
+        options = options_of(request, self._bundle)
         return [
             SampleState(
                 prompt,

@@ -18,7 +18,7 @@ MAY_IMPORT = {"tokenizers_mm": set(), "decoders": {"tokenizers_mm"}, "anygen": {
 # The rooms of anygen in the order in which data flow; a room imports only from rooms before it.
 ROOMS = [
     "_version", "errors", "config", "seeding", "files", "recipes_index", "documents", "vocabulary", "codebooks", "layout", "sequence",
-    "plan", "grammar", "packing", "model", "sampling", "bundle", "drawing", "inputs", "request", "planning", "ranking", "editing", "starting", "results", "finishing", "chains", "streaming", "api", "training", "plotting", "data", "evaluation",
+    "plan", "judging", "grammar", "packing", "model", "sampling", "bundle", "drawing", "inputs", "request", "planning", "ranking", "editing", "starting", "results", "finishing", "chains", "streaming", "api", "training", "plotting", "data", "evaluation",
     "gallery", "stages", "export", "bench", "inspection", "doctor", "cli", "__main__",
 ]  # fmt: skip
 FRAGILE = ("xformers", "torchvision", "torchaudio", "torchcodec", "encodec", "diffusers")

@@ -10,9 +10,10 @@ import jinja2
 from pydantic import AfterValidator, Field
 
 from anygen._version import __version__
-from anygen.bundle import checked_best_of, checked_via, save_bundle
+from anygen.bundle import checked_via, save_bundle
 from anygen.config import Config
 from anygen.files import read_json
+from anygen.judging import BestOf, checked_best_of
 from anygen.model.causal import num_parameters
 from anygen.plan import Way
 from anygen.sampling.choose import SamplingOptions
@@ -41,8 +42,10 @@ class BundleConfig(StageConfig):
     """Sampling options by modality of the id that is drawn."""
     via: Annotated[dict[str, Way], AfterValidator(checked_via)] = Field({}, exclude_if=lambda via: not via)
     """Direction (`"audio>image": text`) to what is written before the answer and kept out of it."""
-    best_of: Annotated[dict[str, int], AfterValidator(checked_best_of)] = Field({}, exclude_if=lambda usual: not usual)
-    """Direction (`"text>image": 8`) to how many answers are drawn for one that is kept."""
+    best_of: Annotated[dict[str, BestOf], AfterValidator(checked_best_of)] = Field(
+        {}, exclude_if=lambda usual: not usual
+    )
+    """Direction (`"text>image": 8`) to how many answers are drawn for one that is kept; see `BestOf`."""
     notes: str = ""
     """Paragraph for the model card: data, licences, limits."""
 

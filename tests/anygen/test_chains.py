@@ -15,6 +15,7 @@ from anygen.api import AnyGen
 from anygen.bundle import checked_via
 from anygen.cli.app import app
 from anygen.errors import InputError
+from anygen.judging import BestOf
 from anygen.plan import Way
 from anygen.request import Request
 from anygen.results import Finished, Sample, SegmentFinished, SegmentStarted
@@ -164,7 +165,11 @@ def calls_of(model: AnyGen, monkeypatch: pytest.MonkeyPatch, arguments: dict[str
 
 
 def test_what_is_about_the_answer_is_for_the_answer(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of={"audio>text": 3, "text>audio": 2}))
+    monkeypatch.setattr(
+        model,
+        "bundle",
+        dataclasses.replace(model.bundle, best_of={"audio>text": BestOf(number=3), "text>audio": BestOf(number=2)}),
+    )
     call = {**ASKED, "output": "audio", "max_new_tokens": 40, "duration_s": 0.1, "top_k": 7}
     heard, written, said = calls_of(model, monkeypatch, call)
     for on_the_way in (heard, written):
@@ -190,7 +195,7 @@ def test_a_task_is_that_of_the_question(
 
 
 def test_answers_share_no_draw(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of={"text>image": 4}))
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of={"text>image": BestOf(number=4)}))
     call = {**PLAIN, "text": "a cat", "output": ("image", "audio"), "via": "one_by_one", "duration_s": 0.1}
     first, second = model.generate(**call, num_samples=2).samples
     assert (first.seed, second.seed) == (3, 7)

@@ -21,7 +21,8 @@ from anygen.bundle import load_bundle
 from anygen.cli.app import app
 from anygen.config import build
 from anygen.errors import CheckpointError, ConfigError, InputError
-from anygen.ranking import with_usual_best_of
+from anygen.judging import BestOf, to_json
+from anygen.ranking import options_of, with_usual_best_of
 from anygen.request import Request
 from anygen.results import Finished, Sample
 from anygen.sampling.choose import SamplingOptions
@@ -49,15 +50,18 @@ def block(model: AnyGen, kind: str, content: Any) -> list[int]:
     return model.sequencer.block_ids(model.bundle.tokenizers[kind].encode(content)).tolist()  # type: ignore[index]
 
 
-def backward_nats(model: AnyGen, plain: Any, given: str, wanted: str, sample: Sample) -> float:
-    """-ln p(input | answer), written out: one sequence, no packing, no cache; codes against their own codebook."""
+def nats_of(model: AnyGen, plain: Any, given: str, wanted: str, sample: Sample, judge: str) -> float:
+    """-ln p of input or answer given the other, written out: one sequence, no packing, codes by their own codebook."""
     control = model.bundle.vocabulary.control
-    body = list(sample.ids[:-1])  # without <eos>
-    answer = [control("bos"), control(TASKS[given, wanted]), *body, control("target")]
-    asked = [*block(model, given, INPUTS[given][given]), control("eos")]
-    logits_SV = plain(input_ids=torch.tensor([answer + asked]), use_cache=False).logits[0].double()
+    asked, answer = block(model, given, INPUTS[given][given]), list(sample.ids[:-1])  # without <eos>
+    known, told, task = (
+        (answer, asked, TASKS[given, wanted]) if judge == "backward" else (asked, answer, TASKS[wanted, given])
+    )
+    read = [control("bos"), control(task), *known, control("target")]
+    told = [*told, control("eos")]
+    logits_SV = plain(input_ids=torch.tensor([read + told]), use_cache=False).logits[0].double()
     nats = 0.0
-    for place, label in enumerate(asked, len(answer)):
+    for place, label in enumerate(told, len(read)):
         kind = next(r for r in model.bundle.vocabulary.ranges if r.start <= label < r.start + r.size)
         span = slice(kind.start, kind.start + kind.size) if kind.group in ("image", "audio") else slice(None)
         row = logits_SV[place - 1]
@@ -72,12 +76,18 @@ def plain(model: AnyGen) -> Any:
     return plain
 
 
+@pytest.mark.parametrize("judge", ["backward", "forward"])
 @pytest.mark.parametrize(("given", "wanted"), TASKS)
-def test_the_kept_answer_makes_the_input_likeliest(model: AnyGen, plain: Any, given: str, wanted: str) -> None:
+def test_the_best_answer_is_kept(
+    model: AnyGen, plain: Any, monkeypatch: pytest.MonkeyPatch, given: str, wanted: str, judge: Any
+) -> None:
     options = {**INPUTS[given], "output": wanted, "temperature": 3.0, "max_new_tokens": 60, "seed": 5}
     drawn = model.generate(**options, num_samples=6).samples
-    nats = [backward_nats(model, plain, given, wanted, sample) for sample in drawn]
+    nats = [nats_of(model, plain, given, wanted, sample, judge) for sample in drawn]
     assert len({sample.ids for sample in drawn}) > 1 and np.ptp(nats) > 1e-3, "else anything could be kept"
+    if judge == "forward":
+        usual = {f"{given}>{wanted}": BestOf(number=1, judge="forward")}
+        monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of=usual))
     kept = model.generate(**options, num_samples=2, best_of=3).samples
     expected = [min(range(3), key=lambda i: nats[i]), min(range(3, 6), key=lambda i: nats[i])]
     assert [sample.seed for sample in kept] == [5 + i for i in expected]
@@ -135,7 +145,7 @@ def test_its_number_is_checked(best_of: Any) -> None:
 @pytest.fixture
 def choosy(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> AnyGen:
     """The tiny model, whose bundle draws four pictures of a text and keeps one."""
-    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of={"text>image": 4}))
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of={"text>image": BestOf(number=4)}))
     return model
 
 
@@ -169,27 +179,67 @@ def test_the_bundle_says_where_it_helps_and_the_caller_has_the_last_word(choosy:
         ({"best_of": 2}, 2),
     ],
 )
-def test_what_is_usual_is_drawn_where_it_can_be(changes: dict[str, Any], number: int | None) -> None:
+def test_what_is_usual_is_drawn_where_it_can_be(choosy: AnyGen, changes: dict[str, Any], number: int | None) -> None:
     request = Request(**DRAWN | changes)
-    assert with_usual_best_of(request, {"text>image": 4}, {}).best_of == number
+    assert with_usual_best_of(request, choosy.bundle).best_of == number
     assert request.best_of == changes.get("best_of"), "the caller's request is as it was"
 
 
-def test_a_model_that_draws_the_same_every_time_draws_once() -> None:
+def test_a_model_that_draws_the_same_every_time_draws_once(choosy: AnyGen) -> None:
     request, greedy = Request(text="a cat", output="image"), SamplingOptions(temperature=0.0)
-    assert with_usual_best_of(request, {"text>image": 4}, {"image": greedy, "control": greedy}) is request
-    assert with_usual_best_of(request, {"text>image": 4}, {"image": greedy}).best_of == 4, "sizes are still drawn"
+
+    def drawn(temperature: float | None = None, **defaults: SamplingOptions) -> int:
+        best_of = BestOf(number=4, temperature=temperature)
+        bundle = dataclasses.replace(choosy.bundle, best_of={"text>image": best_of}, defaults=defaults)
+        return with_usual_best_of(request, bundle).num_drawn
+
+    assert drawn(image=greedy, control=greedy) == 1
+    assert drawn(image=greedy) == 4, "sizes are still drawn"
+    assert drawn(0.5, image=greedy, control=greedy) == 4
 
 
-@pytest.mark.parametrize("facts", [{"text>text": 2}, {"text>image,text": 2}, {"image": 2}, {"text>image": 0}])
-def test_a_bundle_that_could_not_do_it_is_refused(bundle_folder: Path, tmp_path: Path, facts: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="best_of holds directions from one of text, image, audio to another"):
+def test_several_answers_have_temperatures_of_their_own(model: AnyGen) -> None:
+    best_of = {"image>text": BestOf(number=4, temperature=0.7), "text>audio": BestOf(number=2, temperature=0.3)}
+    bundle = dataclasses.replace(model.bundle, best_of=best_of, via={"image>audio": "text_only"})
+
+    def temperatures(**arguments: Any) -> dict[str, float]:
+        request = with_usual_best_of(Request(**arguments), bundle)
+        changed = {name: options.temperature for name, options in options_of(request, bundle).items()}
+        return {name: temperature for name, temperature in changed.items() if temperature != 1.0}
+
+    assert temperatures(image=PICTURE, output="text") == {"text": 0.7}
+    assert temperatures(image=PICTURE, output="text", best_of=1) == {}
+    assert temperatures(image=PICTURE, output="text", temperature=0.4)["text"] == 0.4, "the caller has the last word"
+    assert temperatures(image=PICTURE, output="audio") == {}, "no number is usual: one answer"
+    assert temperatures(image=PICTURE, output="audio", best_of=3) == {"text": 0.7, "audio": 0.3}
+    assert temperatures(image=PICTURE, output="audio", best_of=3, via="nothing") == {}
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"text>text": 2}, "best_of holds directions from one of text, image, audio to another"),
+        ({"text>image,text": 2}, "best_of holds directions"),
+        ({"image": 2}, "best_of holds directions"),
+        ({"text>image": 0}, "best_of.*greater than or equal to 1"),
+        ({"text>image": True}, "best_of.*valid integer"),
+        ({"text>image": {"judge": "forward"}}, "best_of.*"),
+        ({"text>image": {"number": 2, "judge": "sideways"}}, "best_of.*'backward' or 'forward'"),
+        ({"text>image": {"number": 2, "temperature": -1}}, "best_of.*greater than or equal to 0"),
+        ({"text>image": {"number": 2, "temprature": 1}}, "best_of"),
+    ],
+)
+def test_a_bundle_that_could_not_do_it_is_refused(
+    bundle_folder: Path, tmp_path: Path, facts: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
         build(BundleConfig, {"name": "a", "best_of": facts}, source="test")
-    with pytest.raises(CheckpointError, match="best_of holds directions"):
+    with pytest.raises(CheckpointError, match=message) as caught:
         load_bundle(saying(facts, bundle_folder, tmp_path))
+    assert "\n" not in str(caught.value)
 
 
-def saying(facts: dict[str, int], bundle_folder: Path, tmp_path: Path) -> Path:
+def saying(facts: dict[str, Any], bundle_folder: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "b"
     shutil.copytree(bundle_folder, folder)
     edit(folder / "anygen.json", lambda written: written.update(best_of=facts))
@@ -198,9 +248,16 @@ def saying(facts: dict[str, int], bundle_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_bundle_holds_it(bundle_folder: Path, tmp_path: Path) -> None:
-    assert load_bundle(saying({"text>image": 8}, bundle_folder, tmp_path)).best_of == {"text>image": 8}
+    facts = {"text>image": 8, "audio>text": {"number": 4, "judge": "forward", "temperature": 0.7}}
+    held = load_bundle(saying(facts, bundle_folder, tmp_path)).best_of
+    assert held == {
+        "text>image": BestOf(number=8),
+        "audio>text": BestOf(number=4, judge="forward", temperature=0.7),
+    }
+    assert to_json(held) == facts, "written as it was read"
     assert load_bundle(bundle_folder).best_of == {}
     assert "best_of" not in BundleConfig(name="a").model_dump(), "recipes of before stay what they were"
+    assert build(BundleConfig, {"name": "a", "best_of": facts}, source="test").model_dump()["best_of"] == facts
 
 
 def test_it_is_not_streamed(model: AnyGen) -> None:

@@ -23,6 +23,7 @@ from anygen.cli.app import app
 from anygen.config import build
 from anygen.documents import Document
 from anygen.errors import CheckpointError, ConfigError, InputError
+from anygen.judging import BestOf
 from anygen.plan import Block, Plan
 from anygen.request import Request
 from anygen.results import Finished, SegmentFinished, TextDelta
@@ -223,17 +224,17 @@ def test_streams_tell_of_the_answer_alone(chained: AnyGen, way: str) -> None:
 def test_the_best_of_several_is_judged_step_by_step(chained: AnyGen, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     chained.bundle.via["audio>image"] = way  # type: ignore[index]
     chains: list[list[Document]] = []
-    backwards = ranking._backwards
+    judged_by = ranking._judged
 
     def watched(*arguments: Any) -> Any:
-        chains.append(backwards(*arguments))
+        chains.append(judged_by(*arguments))
         return chains[-1]
 
     def judged(model: Any, vocabulary: Any, sequences: list[Any]) -> list[tuple[Any, Any]]:
         assert len(sequences) == 8
         return [(None, np.array(nats)) for nats in ([5], [1], [1, 1], [3], [1], [9], [9], [0])]
 
-    monkeypatch.setattr(ranking, "_backwards", watched)
+    monkeypatch.setattr(ranking, "_judged", watched)
     monkeypatch.setattr(ranking, "answer_nats", judged)
     kept = chained.generate(**CALL, best_of=4).samples[0]
     assert kept.seed == 1 and len(kept.via) == 1, "2 + 3 nats; the last step alone would take the fourth"
@@ -301,8 +302,9 @@ def test_the_stage_writes_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr(stage, "num_parameters", lambda _: 0)
     monkeypatch.setattr(stage, "_card", lambda _: "")
     monkeypatch.setattr(stage, "save_bundle", lambda *_, via, best_of, **__: written.append((via, best_of)))
-    stage.main(BundleConfig(root=tmp_path, name="a", via={"audio>image": "text"}, best_of={"text>image": 8}))
-    assert written == [({"audio>image": "text"}, {"text>image": 8})]
+    usual = {"text>image": BestOf(number=8)}
+    stage.main(BundleConfig(root=tmp_path, name="a", via={"audio>image": "text"}, best_of=usual))
+    assert written == [({"audio>image": "text"}, usual)]
     with pytest.raises(ConfigError, match="it cannot be that of 'image,text>text'"):
         build(BundleConfig, {"name": "a", "via": {"image,text>text": "text_only"}}, source="test")
 
