@@ -76,10 +76,11 @@ def check_ranked(request: Request) -> None:
 
 def best_of(bundle: Bundle, sequencer: Sequencer, states: Sequence[SampleState], num: int) -> list[SampleState]:
     """Of each `num` finished answers to one request, the best; the first where several are."""
-    chains = [_judged(bundle, sequencer, state) for state in states]
-    sequences = [sequencer.build(document) for chain in chains for document in chain]
-    nats = iter([float(nats_P.sum()) for _, nats_P in answer_nats(bundle.model, bundle.vocabulary, sequences)])
-    scores = [-sum(itertools.islice(nats, len(chain))) for chain in chains]
+    chains = [[sequencer.build(document) for document in _judged(bundle, sequencer, state)] for state in states]
+    different = {sequence.ids_S.tobytes(): sequence for chain in chains for sequence in chain}  # texts are often alike
+    found = answer_nats(bundle.model, bundle.vocabulary, list(different.values()))
+    nats = {key: float(nats_P.sum()) for key, (_, nats_P) in zip(different, found, strict=True)}
+    scores = [-sum(nats[sequence.ids_S.tobytes()] for sequence in chain) for chain in chains]
     return [states[start + int(np.argmax(scores[start : start + num]))] for start in range(0, len(states), num)]
 
 

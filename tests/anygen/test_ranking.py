@@ -16,6 +16,7 @@ from PIL import Image
 from test_bundle import edit, resealed
 from typer.testing import CliRunner
 
+from anygen import ranking
 from anygen.api import AnyGen
 from anygen.bundle import load_bundle
 from anygen.cli.app import app
@@ -283,3 +284,18 @@ def test_from_the_command_line(bundle_folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     seeds = [json.loads((tmp_path / f"0{i}.json").read_text())["seed"] for i in range(2)]
     assert seeds[0] in (0, 1, 2) and seeds[1] in (3, 4, 5)
+
+
+def test_what_is_alike_is_judged_once(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+    nats = ranking.answer_nats
+
+    def counted(model: Any, vocabulary: Any, sequences: list[Any]) -> Any:
+        judged.append(len(sequences))
+        return nats(model, vocabulary, sequences)
+
+    monkeypatch.setattr(ranking, "answer_nats", counted)
+    kept = model.generate(image=PICTURE, output="text", best_of=64, temperature=0.01, seed=7).samples[0]
+    assert judged[0] < 64 and kept.seed is not None
+    same = model.generate(image=PICTURE, output="text", num_samples=64, temperature=0.01, seed=7).samples
+    assert kept.seed == next(sample.seed for sample in same if sample.ids == kept.ids), "the first of those alike"
