@@ -134,7 +134,7 @@ class AnyGen:
         for _ in sample(self.engine, [state for group in states for state in group]):
             pass
         kept = [
-            best_of(self.bundle, self.sequencer, group, request.num_drawn) if request.num_drawn > 1 else group
+            best_of(self.bundle, self.sequencer, request, group) if request.num_drawn > 1 else group
             for request, group in zip(requests, states, strict=True)
         ]
         return [

@@ -23,7 +23,7 @@ import torch
 from anygen.documents import Tokenizers
 from anygen.errors import CheckpointError, InputError
 from anygen.files import MANIFEST, publishing, read_json, verify, write_json
-from anygen.judging import BestOf, checked_best_of, to_json
+from anygen.judging import BestOf, best_of_to_json, checked_best_of
 from anygen.layout import Layout
 from anygen.plan import Way, misfit
 from anygen.sampling.choose import SamplingOptions
@@ -138,7 +138,7 @@ def save_bundle(
                 "layout": layout.to_json(),
                 "defaults": {name: options.to_json() for name, options in defaults.items()},
                 **({"via": dict(via)} if via else {}),
-                **({"best_of": to_json(best_of)} if best_of else {}),
+                **({"best_of": best_of_to_json(best_of)} if best_of else {}),
                 "provenance": dict(provenance),
             },
         )

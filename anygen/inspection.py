@@ -45,7 +45,7 @@ def inspect_path(path: Path) -> Facts:
 
 def _bundle(path: Path) -> Facts:
     from anygen.bundle import load_bundle
-    from anygen.judging import to_json
+    from anygen.judging import best_of_to_json
     from anygen.model.causal import num_parameters
 
     bundle = load_bundle(path, device="cpu")
@@ -59,7 +59,7 @@ def _bundle(path: Path) -> Facts:
         "layout": bundle.layout.to_json(),
         "defaults": {name: options.to_json() for name, options in bundle.defaults.items()},
         "via": dict(bundle.via),
-        "best_of": to_json(bundle.best_of),
+        "best_of": best_of_to_json(bundle.best_of),
         "diffusion decoders": {name: list(drivers) for name, drivers in bundle.renderers.items()},
     }
 

@@ -15,17 +15,20 @@ Judge = Literal["backward", "forward"]
 
 
 class BestOf(Config):
-    """What a bundle does in one direction (`image>text`) where its caller does not say it; a number alone is the first.
+    """How a bundle chooses among several answers in one direction (`image>text`); a plain number is `number`.
+
+    By way of a text (`Request.via`) a direction gives its number; judge and temperature are those of each step, as of
+    `audio>text` and `text>image`. These two also hold where the caller says how many.
 
     >>> BestOf.model_validate(8), BestOf(number=8).model_dump()
     (BestOf(number=8, judge='backward', temperature=None), 8)
     """
 
     number: int = Field(ge=1, strict=True)
-    """How many answers are drawn for one that is kept."""
+    """How many are drawn for one that is kept, where the caller does not say it."""
     judge: Judge = "backward"
     """`forward` is for what a model hears or sees well and could not make, as voices other than its own."""
-    temperature: float | None = Field(None, ge=0, le=100)
+    temperature: float | None = Field(None, ge=0, le=100, strict=True)
     """At which several answers are drawn; by default as one would be."""
 
     @model_validator(mode="before")
@@ -43,22 +46,22 @@ def checked_best_of(facts: Mapping[str, Any]) -> dict[str, BestOf]:
     """What is done by direction.
 
     Raises:
-        ValueError: no direction whose answers can be read backwards, or not what is known of one.
+        ValueError: no direction whose answers can be read backwards, or a value that is no `BestOf`.
     """
-    for direction in facts:
+    checked = {}
+    for direction, value in facts.items():
         given, _, made = direction.partition(">")
         if not can_be_read_back([given], [made]):
-            raise ValueError(
-                f"best_of holds directions from one of text, image, audio to another; got {direction!r}: "
-                f"{facts[direction]!r}"
-            )
-    try:
-        return {direction: BestOf.model_validate(value) for direction, value in facts.items()}
-    except ValidationError as error:
-        expected = "best_of has for each direction a number of answers, or number, judge and temperature"
-        raise ValueError(f"{expected}; got {dict(facts)!r}: {error.errors()[0]['msg']}") from error
+            raise ValueError(f"best_of holds directions from one of text, image, audio to another, not {direction!r}")
+        try:
+            checked[direction] = BestOf.model_validate(value)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            key = ".".join(["best_of", direction, *map(str, fault["loc"])])
+            raise ValueError(f"{key}: {fault['msg']}, got {fault['input']!r}") from error
+    return checked
 
 
-def to_json(best_of: Mapping[str, BestOf]) -> dict[str, Any]:
+def best_of_to_json(best_of: Mapping[str, BestOf]) -> dict[str, Any]:
     """As it stands in a recipe."""
     return {direction: usual.model_dump() for direction, usual in best_of.items()}

@@ -1,6 +1,6 @@
-"""Which of several answers to keep: the one from which the model itself would guess the request.
+"""Which of several answers to keep: the one that the model itself judges best.
 
-An answer is scored by log p(input | answer), the model read backwards: text -> picture by how likely the picture is
+Usually by log p(input | answer), the model read backwards: text -> picture by how likely the picture is
 called that, speech -> text by how likely the text is spoken so. The input is the same for all answers, so this is their
 mutual information with it up to a constant (MMI, Li et al. 2016, arXiv 1510.03055, with all of its weight on the
 backward model). DALL-E (arXiv 2102.12092) needs CLIP for it; an any-to-any model is its own judge. Where a text is
@@ -13,7 +13,7 @@ likeliest words: a voice that a model never speaks is about as unlikely whatever
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ import numpy as np
 from anygen.bundle import Bundle
 from anygen.documents import Document, Segment, default_task
 from anygen.errors import InputError
+from anygen.judging import BestOf
 from anygen.plan import can_be_read_back
 from anygen.planning import steps_of
 from anygen.request import MAX_SAMPLES, Request
@@ -46,20 +47,27 @@ def with_usual_best_of(request: Request, bundle: Bundle) -> Request:
         return request
     usual = bundle.best_of.get(f"{request.kinds[0]}>{request.outputs[0]}")
     number = min(usual.number, MAX_SAMPLES // request.num_samples) if usual else 1
+    if number < 2:
+        return request
     ranked = request.with_best_of(number)
     options = options_of(ranked, bundle)
     drawn = ("control", *(step.partition(">")[2] for step in steps_of(request, bundle.via)))
-    return request if number < 2 or all(options[name].is_greedy for name in drawn) else ranked
+    return request if all(options[name].is_greedy for name in drawn) else ranked
 
 
 def options_of(request: Request, bundle: Bundle) -> dict[str, SamplingOptions]:
     """Sampling options by modality; each of several answers is drawn at the temperatures for several."""
     defaults = dict(bundle.defaults)
     for step in steps_of(request, bundle.via) if request.num_drawn > 1 else ():
-        if (usual := bundle.best_of.get(step)) is not None:
-            drawn = step.partition(">")[2]
-            defaults[drawn] = defaults.get(drawn, SamplingOptions()).override(temperature=usual.temperature)
+        if (usual := _usual(request, bundle).get(step)) is not None:
+            name = step.partition(">")[2]
+            defaults[name] = defaults.get(name, SamplingOptions()).override(temperature=usual.temperature)
     return request.options(defaults)
+
+
+def _usual(request: Request, bundle: Bundle) -> Mapping[str, BestOf]:
+    """What the bundle does by direction: nothing where the task is another than a direction suggests."""
+    return bundle.best_of if request.own_task is None else {}
 
 
 def check_ranked(request: Request) -> None:
@@ -74,9 +82,10 @@ def check_ranked(request: Request) -> None:
         raise InputError("best_of compares codes; decoder='voken' draws pictures that have none")
 
 
-def best_of(bundle: Bundle, sequencer: Sequencer, states: Sequence[SampleState], num: int) -> list[SampleState]:
-    """Of each `num` finished answers to one request, the best; the first where several are."""
-    chains = [[sequencer.build(document) for document in _judged(bundle, sequencer, state)] for state in states]
+def best_of(bundle: Bundle, sequencer: Sequencer, request: Request, states: Sequence[SampleState]) -> list[SampleState]:
+    """Of the finished answers that were drawn for each sample, the best; the first where several are."""
+    usual, num = _usual(request, bundle), request.num_drawn
+    chains = [[sequencer.build(document) for document in _judged(usual, sequencer, state)] for state in states]
     different = {sequence.ids_S.tobytes(): sequence for chain in chains for sequence in chain}  # texts are often alike
     found = answer_nats(bundle.model, bundle.vocabulary, list(different.values()))
     nats = {key: float(nats_P.sum()) for key, (_, nats_P) in zip(different, found, strict=True)}
@@ -84,15 +93,15 @@ def best_of(bundle: Bundle, sequencer: Sequencer, states: Sequence[SampleState],
     return [states[start + int(np.argmax(scores[start : start + num]))] for start in range(0, len(states), num)]
 
 
-def _judged(bundle: Bundle, sequencer: Sequencer, state: SampleState) -> list[Document]:
-    """Of each step from the input to the answer what it read and gave, as its judge reads them."""
+def _judged(usual: Mapping[str, BestOf], sequencer: Sequencer, state: SampleState) -> list[Document]:
+    """Of each step from the input to the answer a document of both, whose target is what its judge finds likely."""
     segments = _segments(sequencer, state)
     if state.earlier is not None:
         segments = (*_segments(sequencer, state.earlier), *segments[-1:])
     documents = []
-    for read, given in itertools.pairwise(segments):
-        usual = bundle.best_of.get(f"{read.modality}>{given.modality}")
-        known, told = (read, given) if usual is not None and usual.judge == "forward" else (given, read)
+    for given, answer in itertools.pairwise(segments):
+        step = usual.get(f"{given.modality}>{answer.modality}")
+        known, told = (given, answer) if step is not None and step.judge == "forward" else (answer, given)
         task = default_task((known.modality,), told.modality)
         documents.append(Document((replace(known, target=False), replace(told, target=True)), task))
     return documents

@@ -77,9 +77,9 @@ class Request:
     seed: int | None = 0
     """Sample i is drawn from seed + i; None takes a new seed and reports it."""
     best_of: int | None = None
-    """Draw so many answers for each sample and keep the one from which the model would best guess the input
-    (`anygen.ranking`). Sample i is one of those from seed + i best_of on; its own seed with `best_of=1` gives it again.
-    By default the bundle knows where that helps; what is streamed is the first that is drawn."""
+    """Draw so many answers for each sample and keep the one from which the model would best guess the input, or as the
+    bundle judges (`anygen.ranking`). Sample i is one of those from seed + i best_of on; its own seed with `best_of=1`
+    gives it again, unless several have another temperature. By default the bundle decides; streams tell the first."""
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     """CPU generators instead of a seed: one for all samples, or one each."""
     max_new_tokens: int | None = None

@@ -27,7 +27,7 @@ def generate(
     ] = None,
     num_samples: Annotated[int, typer.Option(help="Answers to generate.")] = 1,
     best_of: Annotated[
-        int | None, typer.Option(help="Draw so many for each answer, keep the one that the model best reads back.")
+        int | None, typer.Option(help="Draw so many for each answer, keep the one that the model judges best.")
     ] = None,
     seed: Annotated[
         int, typer.Option(help="Sample i is drawn from seed + i; as the best of n, from n seeds at seed + n i.")

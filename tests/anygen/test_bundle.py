@@ -213,7 +213,7 @@ def test_the_embedded_bundle_is_small_and_of_its_recipe() -> None:
     assert sum(sizes) <= 40e6 and max(sizes) <= 15e6
     made_by = json.loads((folder / "anygen.json").read_text())["provenance"]["recipes"]
     assert {"data", "image_tokenizer", "audio_tokenizer", "pretrain", "decoder"} <= set(made_by)
-    last_first = ("things", "rhvoice", "speakers", "more_scenes", "more_voices", "longer")
+    last_first = ("spoken", "things", "rhvoice", "speakers", "more_scenes", "more_voices", "longer")
     families = (*(f"nano/{name}" for name in last_first), "nano")
     for stage, config in made_by.items():
         name = next(n for family in families if (n := f"{family}/{stage}.yaml") in list_recipes())

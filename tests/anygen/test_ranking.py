@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from anygen import ranking
 from anygen.api import AnyGen
-from anygen.bundle import load_bundle
+from anygen.bundle import load_bundle, save_bundle
 from anygen.cli.app import app
 from anygen.config import build
 from anygen.errors import CheckpointError, ConfigError, InputError
-from anygen.judging import BestOf, to_json
+from anygen.judging import BestOf, best_of_to_json
 from anygen.ranking import options_of, with_usual_best_of
 from anygen.request import Request
 from anygen.results import Finished, Sample
@@ -214,6 +214,43 @@ def test_several_answers_have_temperatures_of_their_own(model: AnyGen) -> None:
     assert temperatures(image=PICTURE, output="audio") == {}, "no number is usual: one answer"
     assert temperatures(image=PICTURE, output="audio", best_of=3) == {"text": 0.7, "audio": 0.3}
     assert temperatures(image=PICTURE, output="audio", best_of=3, via="nothing") == {}
+    assert temperatures(image=PICTURE, output="text", task="answer", best_of=3) == {}, "another task"
+
+
+def test_they_are_drawn_at_these(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    cold = dataclasses.replace(model.bundle, defaults={"text": SamplingOptions(temperature=0.01)})
+    monkeypatch.setattr(model, "bundle", cold)
+    call: dict[str, Any] = {"image": PICTURE, "output": "text", "max_new_tokens": 40, "seed": 3}
+    usual = {"image>text": BestOf(number=4, temperature=3.0)}
+    one, several = model.generate(**call).samples[0], dataclasses.replace(cold, best_of=usual)
+    monkeypatch.setattr(model, "bundle", several)
+    kept = model.generate(**call).samples[0]
+    options = {**options_of(Request(**call), several)}
+    options["text"] = options["text"].override(temperature=3.0)
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(cold, defaults=options))
+    again = model.generate(**{**call, "seed": kept.seed}).samples[0]
+    assert again.ids == kept.ids != one.ids
+
+
+def test_what_is_written_on_the_way_counts_as_drawn(model: AnyGen) -> None:
+    greedy = SamplingOptions(temperature=0.0)
+    facts: dict[str, Any] = {"best_of": {"audio>image": BestOf(number=4)}, "via": {"audio>image": "text_only"}}
+    bundle = dataclasses.replace(model.bundle, defaults={"image": greedy, "control": greedy}, **facts)
+    request = Request(audio=SOUND, output="image")
+    assert with_usual_best_of(request, bundle).num_drawn == 4, "texts differ"
+    assert with_usual_best_of(dataclasses.replace(request, via="nothing"), bundle) == dataclasses.replace(
+        request, via="nothing"
+    )
+
+
+def test_the_answer_to_another_task_is_judged_backward(model: AnyGen, monkeypatch: pytest.MonkeyPatch) -> None:
+    call: dict[str, Any] = {"image": PICTURE, "output": "text", "task": "answer", "best_of": 8, "temperature": 3.0}
+    before = model.generate(**call, max_new_tokens=40).samples[0]
+    usual = {"image>text": BestOf(number=1, judge="forward")}
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of=usual))
+    assert model.generate(**call, max_new_tokens=40).samples[0].ids == before.ids
+    call["task"] = "caption"
+    assert model.generate(**call, max_new_tokens=40).samples[0].ids != before.ids, "else the judge changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -222,12 +259,13 @@ def test_several_answers_have_temperatures_of_their_own(model: AnyGen) -> None:
         ({"text>text": 2}, "best_of holds directions from one of text, image, audio to another"),
         ({"text>image,text": 2}, "best_of holds directions"),
         ({"image": 2}, "best_of holds directions"),
-        ({"text>image": 0}, "best_of.*greater than or equal to 1"),
-        ({"text>image": True}, "best_of.*valid integer"),
-        ({"text>image": {"judge": "forward"}}, "best_of.*"),
+        ({"text>image": 0}, "best_of.text>image.number.*greater than or equal to 1"),
+        ({"text>image": True}, "best_of.text>image.number.*valid integer"),
+        ({"text>image": {"judge": "forward"}}, "best_of.text>image.number.*(required|missing)"),
         ({"text>image": {"number": 2, "judge": "sideways"}}, "best_of.*'backward' or 'forward'"),
         ({"text>image": {"number": 2, "temperature": -1}}, "best_of.*greater than or equal to 0"),
-        ({"text>image": {"number": 2, "temprature": 1}}, "best_of"),
+        ({"text>image": {"number": 2, "temperature": True}}, "best_of.text>image.temperature.*valid number"),
+        ({"text>image": {"number": 2, "temprature": 1}}, "best_of.text>image.temprature"),
     ],
 )
 def test_a_bundle_that_could_not_do_it_is_refused(
@@ -255,7 +293,11 @@ def test_a_bundle_holds_it(bundle_folder: Path, tmp_path: Path) -> None:
         "text>image": BestOf(number=8),
         "audio>text": BestOf(number=4, judge="forward", temperature=0.7),
     }
-    assert to_json(held) == facts, "written as it was read"
+    assert best_of_to_json(held) == facts, "written as it was read"
+    bundle = load_bundle(bundle_folder)
+    named = ("model", "vocabulary", "layout", "tokenizers", "defaults", "provenance")
+    save_bundle(tmp_path / "s", **{name: getattr(bundle, name) for name in named}, card="", best_of=held)
+    assert load_bundle(tmp_path / "s").best_of == held
     assert load_bundle(bundle_folder).best_of == {}
     assert "best_of" not in BundleConfig(name="a").model_dump(), "recipes of before stay what they were"
     assert build(BundleConfig, {"name": "a", "best_of": facts}, source="test").model_dump()["best_of"] == facts

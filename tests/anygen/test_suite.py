@@ -26,6 +26,7 @@ from anygen.evaluation.suite.bits import bits_per_id
 from anygen.evaluation.suite.compare import compare_reports, lines_of_comparison
 from anygen.evaluation.suite.evaluate import evaluate_bundle, lines_of, part_names, row_list
 from anygen.evaluation.suite.figures import EXPLAINED
+from anygen.judging import BestOf
 from anygen.request import Request
 from anygen.stages.run import load_recipe
 
@@ -192,6 +193,11 @@ def test_answers_are_ranked_where_they_can_be_read_backwards(
     numbers = {(len(r.inputs), r.outputs): r.best_of for r in asked}
     assert numbers[1, ("image",)] == 3 and numbers[1, ("text", "audio")] is None
     assert numbers[1, ("text",)] == 1, "the model's own transcripts are a judge's, not answers"
+    usual = {"text>image": BestOf(number=2, temperature=0.7)}
+    monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of=usual))
+    evaluate_bundle(model, tmp_path / "u", limit=1, directions=["text>image"])
+    written = json.loads((tmp_path / "u" / "report.json").read_text(encoding="utf-8"))
+    assert written["best_of"] == {"text>image": {"number": 2, "judge": "backward", "temperature": 0.7}}
 
 
 @pytest.mark.slow

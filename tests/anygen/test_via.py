@@ -239,6 +239,11 @@ def test_the_best_of_several_is_judged_step_by_step(chained: AnyGen, monkeypatch
     kept = chained.generate(**CALL, best_of=4).samples[0]
     assert kept.seed == 1 and len(kept.via) == 1, "2 + 3 nats; the last step alone would take the fourth"
     assert [[s.modality for s in document.segments] for document in chains[0]] == [["text", "audio"], ["image", "text"]]
+    usual = {"audio>text": BestOf(number=1, judge="forward"), "audio>image": BestOf(number=1, judge="forward")}
+    monkeypatch.setattr(chained, "bundle", dataclasses.replace(chained.bundle, best_of=usual))
+    chained.generate(**CALL, best_of=4)
+    told = [[(s.modality, s.target) for s in document.segments] for document in chains[-1]]
+    assert told == [[("audio", False), ("text", True)], [("image", False), ("text", True)]], "each step has its judge"
 
 
 @pytest.mark.parametrize(

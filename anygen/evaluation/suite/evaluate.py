@@ -29,7 +29,7 @@ from anygen.evaluation.suite.figures import EXPLAINED
 from anygen.evaluation.suite.page import Card, card_of, sections_of
 from anygen.evaluation.suite.scene_parts import scene_parts
 from anygen.files import read_json, sha256_of, write_json
-from anygen.judging import to_json
+from anygen.judging import best_of_to_json
 from anygen.training.interrupts import StopRequest
 from tokenizers_mm.codes import fingerprint_of
 
@@ -216,7 +216,7 @@ def _report(bench: Bench, rows: Sequence[Row]) -> dict[str, Any]:
         "anygen": __version__,
         "limit": bench.limit,
         "seed": bench.seed,
-        "best_of": bench.best_of or to_json(bench.model.bundle.best_of),
+        "best_of": bench.best_of or best_of_to_json(bench.model.bundle.best_of),
         "voice": bench.voices[0] if bench.voices else None,
         "threads": torch.get_num_threads(),
         "figures": [{"direction": row.direction, **facts} for row, facts in zip(rows, figures, strict=True)],
