@@ -148,8 +148,12 @@ class RecordStore:
 
     def num_sounds(self, index: int) -> int:
         """Utterances of a record; reads nothing."""
-        names = self._entries[index][2]
-        return sum(name.split(".")[-1] in SOUND_TYPES and not name.startswith((_ASKED, _ANSWERED)) for name in names)
+        return len(self.voices(index))
+
+    def voices(self, index: int) -> list[str]:
+        """The voice of each utterance of a record; reads nothing."""
+        parts = [name.rpartition(".") for name in self._entries[index][2]]
+        return [voice for voice, _, kind in parts if kind in SOUND_TYPES and not voice.startswith((_ASKED, _ANSWERED))]
 
     def picture(self, index: int, *, of_story: int | None = None) -> bytes | None:
         """The encoded picture of a record, or one of its story's by number; its sounds are not read."""

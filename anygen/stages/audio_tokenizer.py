@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -237,15 +238,20 @@ def _codec_loss(config: AudioTokenizerConfig, codec: TrainableEncodec, istft: In
 
 
 class SoundSet:
-    """Every utterance of a record store, decoded when asked for."""
+    """Every utterance of a record store, or those in some voices, decoded when asked for."""
 
-    def __init__(self, store: RecordStore, rate_hz: int) -> None:
+    def __init__(self, store: RecordStore, rate_hz: int, voices: Collection[str] = ()) -> None:
         self._store, self._rate_hz = store, rate_hz
         self._lengths: dict[int, int] = {}
         self._kept: dict[int, Any] = {}
-        self._places = [(index, turn) for index in range(len(store)) for turn in range(store.num_sounds(index))]
+        self._places = [
+            (index, turn)
+            for index in range(len(store))
+            for turn, voice in enumerate(store.voices(index))
+            if not voices or voice in voices
+        ]
         if not self._places:
-            raise DataError("the data hold no sounds")
+            raise DataError("the data hold no sounds" + (f" in the voices {', '.join(voices)}" if voices else ""))
 
     def __len__(self) -> int:
         return len(self._places)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import importlib.resources
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jinja2
 from pydantic import AfterValidator, Field
 
 from anygen._version import __version__
-from anygen.bundle import checked_via, save_bundle
+from anygen.bundle import bundle_folder, checked_via, load_bundle, save_bundle
 from anygen.config import Config
-from anygen.files import read_json
+from anygen.files import MANIFEST, read_json, sha256_of
 from anygen.judging import BestOf, checked_best_of
+from anygen.layout import Layout
 from anygen.model.causal import num_parameters
 from anygen.plan import Way
 from anygen.sampling.choose import SamplingOptions
 from anygen.stages.base import StageConfig, StageResult
 from anygen.stages.pretrain import load_pretrained, open_tokenizers
+from anygen.vocabulary import Vocabulary
 
 
 class OptionsConfig(Config):
@@ -36,6 +39,9 @@ class BundleConfig(StageConfig):
     """Recipe of the stage."""
 
     stage: Literal["bundle"] = "bundle"
+    weights_of: Path | None = Field(None, exclude_if=lambda bundle: bundle is None)
+    """A bundle whose transformer is taken where the run trained none (`nano`: the embedded one); the run's tokenizers
+    must have the same codes, with another decoder of sounds, say."""
     name: str
     """Name in provenance and on the model card."""
     defaults: dict[Literal["text", "image", "audio", "region", "control"], OptionsConfig] = {}
@@ -49,22 +55,24 @@ class BundleConfig(StageConfig):
     notes: str = ""
     """Paragraph for the model card: data, licences, limits."""
 
+    def elsewhere(self) -> tuple[str, ...]:
+        """Stages whose work is not in this run."""
+        return () if self.weights_of is None else ("pretrain",)
+
+    def outside_inputs(self) -> Mapping[str, str]:
+        """The bundle whose transformer is taken, and the tokenizers that it gets: else these come with pretrain."""
+        if self.weights_of is None:
+            return {}
+        manifest = bundle_folder(self.weights_of) / MANIFEST
+        made = {name: self.root / f"{name}_tokenizer" / "stage.json" for name in ("text", "image", "audio")}
+        identities = {name: str(read_json(path)["identity"]) for name, path in made.items() if path.exists()}
+        return identities | ({MANIFEST: sha256_of(manifest)} if manifest.is_file() else {})
+
 
 def main(config: BundleConfig) -> StageResult:
     """Write the bundle; equal inputs give equal bytes."""
-    model, vocabulary, layout = load_pretrained(_newest(config.root, "vokens", "pretrain") / "model")
+    model, vocabulary, layout, provenance = _transformer(config)
     tokenizers = open_tokenizers(config.root, location_bins=vocabulary.range("region").size)
-    stages = {
-        path.parent.name: read_json(path)
-        for path in sorted(config.root.glob("*/stage.json"))
-        if path.parent.name not in ("bundle", "evaluate", "gallery")
-    }
-    provenance = {
-        "name": config.name,
-        "anygen": __version__,
-        "recipes": {name: facts["config"] for name, facts in stages.items()},
-        "figures": {name: figures for name, facts in stages.items() if (figures := _exact(facts))},
-    }
     decoders = _decoders(config.root)
     facts: dict[str, Any] = {
         "name": config.name,
@@ -74,7 +82,7 @@ def main(config: BundleConfig) -> StageResult:
         "vocabulary": vocabulary,
         "layout": layout,
         "tokenizers": tokenizers,
-        "metrics": provenance["figures"],
+        "metrics": provenance.get("figures", {}) | provenance.get("changed", {}).get("figures", {}),
         "version": __version__,
     }
     save_bundle(
@@ -92,6 +100,37 @@ def main(config: BundleConfig) -> StageResult:
     )
     size = sum(p.stat().st_size for p in (config.folder / config.name).rglob("*") if p.is_file())
     return StageResult(config.folder, (config.folder / config.name,), {"megabytes": size / 1e6})
+
+
+class _Transformer(NamedTuple):
+    model: Any
+    vocabulary: Vocabulary
+    layout: Layout
+    provenance: dict[str, Any]
+
+
+def _transformer(config: BundleConfig) -> _Transformer:
+    """The transformer, and how everything in the bundle was made."""
+    stages = {
+        path.parent.name: read_json(path)
+        for path in sorted(config.root.glob("*/stage.json"))
+        if path.parent.name not in ("bundle", "evaluate", "gallery")
+        and (config.weights_of is None or not path.parent.is_symlink())  # else what this run made itself
+    }
+    made = {
+        "recipes": {name: facts["config"] for name, facts in stages.items()},
+        "figures": {name: figures for name, facts in stages.items() if (figures := _exact(facts))},
+    }
+    named = {"name": config.name, "anygen": __version__}
+    if config.weights_of is None:
+        trained = load_pretrained(_newest(config.root, "vokens", "pretrain") / "model")
+        return _Transformer(*trained, provenance=named | made)
+    bundle = load_bundle(config.weights_of, device="cpu")
+    before = bundle.provenance.get("changed")  # of a bundle that was made like this itself
+    changed = made | ({"before": before} if before else {})
+    return _Transformer(
+        bundle.model, bundle.vocabulary, bundle.layout, {**bundle.provenance, **named, "changed": changed}
+    )
 
 
 def _newest(root: Path, *stages: str) -> Path:

@@ -30,6 +30,7 @@ STAGES: dict[str, Stage] = {
 """Every stage, in the order in which a family runs them."""
 ALTERNATIVES = {
     ("audio_tokenizer", "checkpoint"): ("published_codec", "PublishedCodecConfig"),
+    ("audio_tokenizer", "codes_of"): ("codec_decoder", "CodecDecoderConfig"),
     ("text_tokenizer", "checkpoint"): ("llm_tokenizer", "LLMTokenizerConfig"),
     ("vokens", "renderer"): ("prompt_vokens", "PromptVokensConfig"),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from anygen.stages.base import StageConfig
+from anygen.stages.codec_decoder import CodecDecoderConfig, open_decoder
 from anygen.stages.dry_run_pictures import weigh_image_tokenizer
 from anygen.stages.dry_run_pretrain import weigh_pretrain
 from anygen.stages.image_tokenizer import ImageTokenizerConfig, open_teacher
@@ -30,6 +31,8 @@ def weigh(config: StageConfig, recipe: Path | None = None) -> dict[str, Any]:
         facts |= weigh_image_tokenizer(config, open_teacher(config) if found else None)
     if isinstance(config, PublishedCodecConfig):
         facts["codec"] = codec_facts(open_codec(config))
+    if isinstance(config, CodecDecoderConfig):
+        facts["codec"] = codec_facts(open_decoder(config))
     if isinstance(config, PretrainConfig):
         facts |= weigh_pretrain(config, recipe)
     return facts

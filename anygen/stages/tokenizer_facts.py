@@ -13,6 +13,7 @@ from typing import Any
 from anygen.errors import ConfigError
 from anygen.stages.audio_tokenizer import AudioTokenizerConfig
 from anygen.stages.base import StageConfig, open_text_tokenizer
+from anygen.stages.codec_decoder import CodecDecoderConfig
 from anygen.stages.image_tokenizer import ImageTokenizerConfig
 from anygen.stages.llm_tokenizer import LLMTokenizerConfig
 from anygen.stages.published_codec import PublishedCodecConfig, open_codec
@@ -87,6 +88,8 @@ def _audio(root: Path, recipe: Path | None) -> tuple[tuple[int, int], float, str
     if isinstance(config, AudioTokenizerConfig):
         codec = config.codec
         return (codec.num_codebooks, codec.codebook_size), codec.rate_hz / codec.hop, f"assumed from {said}"
+    if isinstance(config, CodecDecoderConfig):
+        config = config.source
     if not isinstance(config, PublishedCodecConfig):
         return (0, 0), 0.0, "none"
     if config.checkpoint.exists():

@@ -18,13 +18,16 @@ from anygen.config import build
 from anygen.errors import AnyGenError, DataError
 from anygen.stages.audio_tokenizer import AudioTokenizerConfig
 from anygen.stages.base import Shuffled
+from anygen.stages.codec_decoder import CodecDecoderConfig
 from anygen.stages.image_tokenizer import ImageTokenizerConfig
 from anygen.stages.run import run_stage
 from anygen.stages.teacher import TeacherConfig
 from anygen.training import loop, processes
 from anygen.training.interrupts import Interrupted
 
-KINDS: dict[str, Any] = {c.__name__: c for c in (ImageTokenizerConfig, TeacherConfig, AudioTokenizerConfig)}
+KINDS: dict[str, Any] = {
+    c.__name__: c for c in (ImageTokenizerConfig, TeacherConfig, AudioTokenizerConfig, CodecDecoderConfig)
+}
 
 
 def _disturbed(stop: int | None, fail: int | None) -> None:

@@ -189,3 +189,48 @@ def test_nano_is_the_embedded_bundle_unless_a_folder_is_called_so(
     assert weigh(pretrain(root, "nano", **fields), None)["parameters"]["all"] > 9e6
     Path("nano").symlink_to(bundle_folder)
     assert bundle_at(Path("nano")) == Path("nano")
+
+
+def clearer(root: Path, bundle: Path) -> StageConfig:
+    """Trains the decoder of the bundle's sounds on this run's."""
+    steps = {"steps": 3, "precision": "fp32", "device": "cpu"}
+    return recipe(root, "audio_tokenizer", earlier_run=bundle, codes_of=bundle, crop_s=0.4, batch_size=2, loop=steps)
+
+
+def test_a_transformer_gets_a_tokenizer_with_the_same_codes(root: Path, bundle_folder: Path, tmp_path: Path) -> None:
+    run_stage(clearer(root, bundle_folder))
+    again = {"name": "own", "earlier_run": bundle_folder, "weights_of": bundle_folder}
+    (made,) = run_stage(recipe(root, "bundle", **again)).outputs
+    old, new = weights_of(bundle_folder), weights_of(made)
+    assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
+    theirs, ours = (AnyGen.from_pretrained(f, device="cpu") for f in (bundle_folder, made))
+    answers = [m.generate(text="a red apple", output="audio", seed=3, best_of=1).samples[0] for m in (theirs, ours)]
+    assert answers[0].ids == answers[1].ids
+    heard = [answer.of("audio")[0].samples_T for answer in answers]
+    assert heard[0].shape == heard[1].shape and not (heard[0] == heard[1]).all()
+    before, provenance = theirs.bundle.provenance, ours.bundle.provenance
+    assert provenance.items() >= (before | {"name": "own"}).items()
+    assert set(provenance["changed"]["recipes"]) == {"audio_tokenizer", "data"}
+    assert provenance["changed"]["recipes"]["audio_tokenizer"]["crop_s"] == 0.4
+    assert "- validation_mel_all: " in (made / "README.md").read_text()
+
+    further = tmp_path / "further" / "run"  # once more, from there
+    shutil.copytree(root / "data", further / "data")
+    run_stage(clearer(further, made))
+    (last,) = run_stage(recipe(further, "bundle", name="b", earlier_run=made, weights_of=made)).outputs
+    changed = json.loads((last / "anygen.json").read_text())["provenance"]["changed"]
+    assert changed["before"] == provenance["changed"] and "audio_tokenizer" in changed["recipes"]
+
+
+def test_a_transformer_of_other_codes_is_refused(root: Path, bundle_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnyGenError, match="nowhere"):
+        run_stage(recipe(root, "bundle", name="own", earlier_run=bundle_folder, weights_of=tmp_path / "nowhere"))
+    run_stage(recipe(root, "bundle", name="own", earlier_run=bundle_folder, weights_of=bundle_folder))
+    codec = {"rate_hz": 16_000, "ratios": [8, 5, 4, 2], "num_filters": 2, "latent_dim": 8, "codebook_size": 16}
+    loop = {"steps": 3, "precision": "fp32", "device": "cpu"}
+    run_stage(
+        recipe(root, "audio_tokenizer", codec=codec, decoder={"width": 16, "depth": 1}, crop_s=0.3, batch_size=2,
+               steps_without_quantiser=1, loop=loop)
+    )  # fmt: skip
+    with pytest.raises(CheckpointError, match="audio tokenizer is not the one that this model was trained with"):
+        run_stage(recipe(root, "bundle", name="own", earlier_run=bundle_folder, weights_of=bundle_folder))

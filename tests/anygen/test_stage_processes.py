@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import test_audio_tokenizer_stage as sounds
+import test_codec_decoder_stage as decoders
 import test_teacher_stage as teacher
 import torch
 from stage_processes import noted
@@ -207,6 +208,23 @@ def test_sound_tokenizer_of_two_processes_is_that_of_one(
     norms = [losses(config.folder, "grad_norm")[:3] for config in (one, both)]
     assert norms[1] == pytest.approx(norms[0], rel=5e-3), "Adam forgives a gradient of another scale: its norm does not"
     assert len(got) == 6 and seen[0]["items"] == single["items"]
+
+
+def test_decoder_of_sounds_of_two_processes_is_that_of_one(
+    sounds_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = sounds.recipe_of(sounds_root, tmp_path / "codec", codec={"num_codebooks": 2})
+    run_stage(codec)
+    both, one = (
+        decoders.recipe_of(sounds_root, codec.folder / "tokenizer", tmp_path / name, leading_share=0.5)
+        for name in ("two", "one")
+    )
+    seen, _ = launched(both)
+    single = alone(one, monkeypatch)
+    assert_equal(seen[0]["states"], seen[1]["states"], exact=True)
+    assert_equal(seen[0]["states"], single["states"], exact=False)
+    assert losses(both.folder) == pytest.approx(losses(one.folder), rel=1e-4)
+    assert len(losses(one.folder)) == 6 and seen[0]["items"] == single["items"]
 
 
 def test_what_is_replicated_is_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,228 @@
+"""Stage `audio_tokenizer` where its recipe says `codes_of`: a codec whose decoder learns on, while its codes stay.
+
+A codec's decoder is made for all its codebooks and every voice. A transformer that writes the leading ones alone
+(`layout.audio_kept`), in voices of its own, is understood better through a decoder that was trained for just that, as
+SoundStream's is for any number of codebooks (arXiv 2107.03312, section 3.4). Whatever was coded before stays valid.
+
+Dimension key: B sounds, K codebooks, N code frames, L latent channels, T samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from anygen.errors import CheckpointError
+from anygen.files import publishing
+from anygen.seeding import seed_of
+from anygen.stages.audio_tokenizer import SoundSet
+from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records
+from anygen.stages.published_codec import PublishedCodecConfig, open_codec
+from anygen.training import processes
+from anygen.training.loop import LoopConfig, train
+from tokenizers_mm.audio import AudioTokenizer
+from tokenizers_mm.codes import Codes, IntArray
+from tokenizers_mm.istft import InverseSTFTDecoder
+from tokenizers_mm.loudness import WINDOW_S, loudness_distance
+from tokenizers_mm.media import Audio
+from tokenizers_mm.spectral import WINDOWS, mel_distance
+
+MAX_VALIDATED = 64
+
+
+class CodecDecoderConfig(StageConfig):
+    """Recipe of the stage."""
+
+    several_processes: ClassVar[bool] = True
+    stage: Literal["audio_tokenizer"] = "audio_tokenizer"
+    codes_of: Path
+    """The codec: a folder of one made here, with an inverse-STFT decoder, or a bundle (`nano`: the embedded one)."""
+    num_codebooks: int | None = Field(None, ge=1)
+    """Keep the leading ones only, as many as one of the codec's bandwidths has; all by default."""
+    leading: int = Field(1, ge=1)
+    """Codebooks that are there when a transformer speaks."""
+    leading_share: float = Field(0.8, ge=0, le=1)
+    """Share of the sounds that are decoded from these alone; the others from all."""
+    voices: tuple[str, ...] = ()
+    """Those that it shall speak, as the records call them; all by default."""
+    crop_s: float = Field(2.0, gt=0)
+    """Longer sounds are cut to a piece of this length, drawn anew each time."""
+    batch_size: int = Field(8, ge=1)
+    """Sounds a step, of all processes together."""
+    mel_weight: float = Field(2.0, gt=0)
+    mel_floor_db: float | None = Field(-80.0, lt=0)
+    wave_weight: float = Field(0.5, ge=0)
+    loudness_weight: float = Field(0.0, ge=0)
+    """As in the training of a codec (`anygen.stages.audio_tokenizer`)."""
+    loop: LoopConfig
+
+    @property
+    def source(self) -> PublishedCodecConfig:
+        """The codec as a recipe that takes it as it is."""
+        return PublishedCodecConfig(root=self.root, checkpoint=self.codes_of, num_codebooks=self.num_codebooks)
+
+    @property
+    def on_cpu(self) -> bool:
+        """True where the recipe wants no GPU."""
+        return self.loop.device == "cpu"
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.loudness_weight and self.crop_s < WINDOW_S:
+            raise ValueError(f"crop_s={self.crop_s} is shorter than the {WINDOW_S} s in which loudness is heard")
+        return self
+
+    def check(self) -> None:
+        """A codec or a batch size that cannot be used is told before anything is moved."""
+        processes.own_rows(self.batch_size)
+        open_decoder(self)
+
+    def outside_inputs(self) -> dict[str, str]:
+        """The codec's files."""
+        return dict(self.source.outside_inputs())
+
+
+def open_decoder(config: CodecDecoderConfig) -> AudioTokenizer:
+    """The codec that a recipe names.
+
+    Raises:
+        CheckpointError: missing, without an inverse-STFT decoder, or without so many codebooks.
+    """
+    tokenizer = open_codec(config.source)
+    if tokenizer.istft is None:
+        raise CheckpointError(
+            f"{config.codes_of} decodes with EnCodec's own decoder: only an inverse-STFT one is trained on here"
+        )
+    if config.leading > tokenizer.num_codebooks:
+        raise CheckpointError(f"leading={config.leading}, but the codec has {tokenizer.num_codebooks} codebooks")
+    return tokenizer
+
+
+def main(config: CodecDecoderConfig) -> StageResult:
+    """Train and save `tokenizer/`."""
+    trainee = _DecoderTraining(config)
+    metrics = train(trainee, config.loop, config.folder, title="decoder of sounds")
+    if processes.rank() == 0:
+        with publishing(config.folder / "tokenizer") as folder:
+            trainee.tokenizer().save(folder)
+    processes.wait()
+    return StageResult(config.folder, (config.folder / "tokenizer",), metrics)
+
+
+class _Batch(NamedTuple):
+    """Sounds of several lengths, padded with silence."""
+
+    latents_BLN: Tensor
+    mask_BN: Tensor
+    sound_BT: Tensor
+
+
+class _DecoderLoss(nn.Module):
+    """An inverse-STFT decoder and what it minimises."""
+
+    def __init__(self, istft: InverseSTFTDecoder, config: CodecDecoderConfig, rate_hz: int) -> None:
+        super().__init__()
+        self.istft, self._config, self._rate_hz = istft, config, rate_hz
+
+    def forward(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts."""
+        config, rate_hz = self._config, self._rate_hz
+        wave_BT = self.istft(batch.latents_BLN, batch.mask_BN).float()
+        mel = mel_distance(wave_BT, batch.sound_BT, rate_hz=rate_hz, floor_db=config.mel_floor_db)
+        parts = {"mel": mel, "wave": (wave_BT - batch.sound_BT).abs().mean()}
+        loss = config.mel_weight * parts["mel"] + config.wave_weight * parts["wave"]
+        if config.loudness_weight:
+            parts["loudness"] = loudness_distance(wave_BT, batch.sound_BT, rate_hz=rate_hz)
+            loss = loss + config.loudness_weight * parts["loudness"]
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+
+class _DecoderTraining:
+    def __init__(self, config: CodecDecoderConfig) -> None:
+        self._config, self._tokenizer = config, open_decoder(config)
+        assert self._tokenizer.istft is not None
+        self._tokenizer.istft.requires_grad_(True).train()
+        self._num_frames = max(1, round(config.crop_s * self._tokenizer.rate_hz))
+        self._train, self._held_out = (self._sounds_of(split) for split in ("train", "validation"))
+        self._order = Shuffled(len(self._train), config.batch_size, seed=seed_of(config.loop.seed, "decoder of sounds"))
+        self._rows = processes.own_rows(config.batch_size)
+        self._codes: dict[SoundSet, dict[int, IntArray]] = {}
+        self._loss = _DecoderLoss(self._tokenizer.istft, config, self._tokenizer.sample_rate_hz)
+        self.module: nn.Module = self._loss
+
+    def _sounds_of(self, split: str) -> SoundSet:
+        return SoundSet(open_records(self._config.root, split), self._tokenizer.sample_rate_hz, self._config.voices)
+
+    def next_batch(self) -> _Batch:
+        items, generator = self._order.next(), self._order.generator()
+        draws = [(generator.random(), generator.random()) for _ in items]
+        pieces = [self._piece(item, *draw) for item, draw in list(zip(items, draws, strict=True))[self._rows]]
+        num, hop = self._num_frames, self._tokenizer.hop  # always: processes weigh sounds alike, and shapes stay
+        mask_BN = torch.stack([torch.arange(num) < latents_LN.shape[1] for latents_LN, _ in pieces])
+        latents_BLN = torch.stack([_padded(latents_LN, num) for latents_LN, _ in pieces])
+        sound_BT = torch.stack([_padded(sound_T, num * hop) for _, sound_T in pieces])
+        return _Batch(latents_BLN, mask_BN, sound_BT)
+
+    def _piece(self, item: int, place: float, share: float) -> tuple[Tensor, Tensor]:
+        """Latents L x N and sound T of what is cut from a sound, at `place` of what could be."""
+        codes_KN, samples_T = self._coded(item, self._train)
+        start = int(place * (max(0, codes_KN.shape[1] - self._num_frames) + 1))
+        piece_KN = codes_KN[:, start : start + self._num_frames]
+        hop, num = self._tokenizer.hop, self._config.leading if share < self._config.leading_share else len(piece_KN)
+        sound_T = _padded(torch.from_numpy(samples_T.copy()), codes_KN.shape[1] * hop)
+        return self._latents(piece_KN[:num]), sound_T[start * hop : (start + piece_KN.shape[1]) * hop]
+
+    def _coded(self, item: int, sounds: SoundSet) -> tuple[IntArray, Any]:
+        """Codes of a whole sound, as in use and found only once, and its samples."""
+        samples_T = sounds.samples(item)
+        known = self._codes.setdefault(sounds, {})
+        if item not in known:
+            known[item] = self._tokenizer.encode(Audio(samples_T, self._tokenizer.sample_rate_hz)).codes_KT
+        return known[item], samples_T
+
+    def _latents(self, codes_KN: IntArray) -> Tensor:
+        return self._tokenizer.latents_of(Codes(codes_KN, "audio"))[0]
+
+    def to_device(self, batch: _Batch, device: torch.device) -> _Batch:
+        return _Batch(*(part.to(device) for part in batch))
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self._order.position}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._order.position = int(state["position"])
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        return processes.agreed(states)
+
+    def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
+        """`mel` of held-out sounds from the leading codebooks, `mel_all` from all; without the floor, as a codec's."""
+        rate_hz, distances = self._tokenizer.sample_rate_hz, []
+        for item in range(0, len(self._held_out), max(1, len(self._held_out) // MAX_VALIDATED)):
+            codes_KN, samples_T = self._coded(item, self._held_out)
+            if len(samples_T) < WINDOWS[0]:
+                continue
+            sound_1T = torch.from_numpy(samples_T.copy())[None].to(device)
+            for num in (self._config.leading, len(codes_KN)):
+                wave_1T = self._loss.istft(self._latents(codes_KN[:num])[None].to(device))[:, : sound_1T.shape[1]]
+                distances.append(float(mel_distance(wave_1T.float(), sound_1T, rate_hz=rate_hz)))
+        return {"mel": float(np.mean(distances[::2])), "mel_all": float(np.mean(distances[1::2]))} if distances else {}
+
+    def compile(self) -> None:
+        for block in self._loss.istft.blocks:
+            block.compile()
+
+    def tokenizer(self) -> AudioTokenizer:
+        """The codec with what its decoder learned, weights rounded as they are saved."""
+        codec = self._tokenizer
+        return AudioTokenizer(codec.model, self._loss.istft, codec.istft_config)
+
+
+def _padded(x: Tensor, length: int) -> Tensor:
+    """Zeros behind it, up to `length` in its last dimension."""
+    return nn.functional.pad(x, (0, length - x.shape[-1]))

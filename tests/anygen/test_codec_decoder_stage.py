@@ -1,0 +1,169 @@
+"""A codec's decoder that learns on: its codes stay, the leading ones alone are understood better, in chosen voices."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import test_audio_tokenizer_stage as sounds
+import torch
+from test_audio_tokenizer_stage import voice
+
+from anygen.config import build
+from anygen.data.records import Record, RecordStore, Utterance, write_shard
+from anygen.data.source import flac_of
+from anygen.errors import CheckpointError, ConfigError, DataError
+from anygen.stages import codec_decoder
+from anygen.stages.catalogue import ALTERNATIVES, STAGES
+from anygen.stages.codec_decoder import CodecDecoderConfig
+from anygen.stages.dry_run import weigh
+from anygen.stages.run import load_recipe, run_stage
+from anygen.training.interrupts import Interrupted
+from tokenizers_mm.audio import AudioTokenizer
+from tokenizers_mm.codes import Codes
+from tokenizers_mm.media import Audio
+from tokenizers_mm.spectral import mel_distance
+
+root = sounds.root
+
+
+@pytest.fixture(scope="module")
+def codec(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four codebooks at 50 Hz, trained for a moment."""
+    config = sounds.recipe_of(root, tmp_path_factory.mktemp("codec") / "run", codec={"num_codebooks": 4})
+    run_stage(config)
+    return config.folder / "tokenizer"
+
+
+def recipe_of(root: Path, codec: Path, folder: Path | None = None, **fields: Any) -> CodecDecoderConfig:
+    if folder is not None:
+        folder.mkdir()
+        (folder / "data").symlink_to(root / "data")
+    loop = {"steps": 6, "log_every": 1, "save_every": 2, "precision": "fp32", "device": "cpu"}
+    values = {"root": str(folder or root), "codes_of": str(codec), "num_codebooks": 2, "crop_s": 0.4, "batch_size": 4}
+    return build(CodecDecoderConfig, {**values, "loop": loop, **fields}, source="test")
+
+
+def test_the_codes_stay_and_the_leading_ones_alone_are_decoded_better(root: Path, codec: Path, tmp_path: Path) -> None:
+    loop = {"steps": 40, "precision": "fp32", "device": "cpu", "optimizer": {"lr": 2e-3, "warmup_steps": 2}}
+    config = recipe_of(root, codec, tmp_path / "run", loudness_weight=0.1, wave_weight=3.0, loop=loop)
+    result = run_stage(config)
+    before = AudioTokenizer.load(codec, num_codebooks=2)
+    after = AudioTokenizer.load(config.folder / "tokenizer")
+    assert after.fingerprint == before.fingerprint and after.num_codebooks == 2
+    assert all(torch.equal(a, b) for a, b in zip(after.model.parameters(), before.model.parameters(), strict=True))
+    store = RecordStore([root / "data" / "validation-00000.tar"])
+    heard = [u.audio(8000) for record in store for u in record.utterances]
+    leading, every = (
+        [np.mean([distance(codec, sound, books) for sound in heard]) for codec in (before, after)] for books in (1, 2)
+    )
+    assert leading[1] < 0.9 * leading[0], "of sounds that it was not trained on"
+    assert [result.metrics[f"validation_mel{kind}"] for kind in ("", "_all")] == pytest.approx(
+        [leading[1], every[1]], rel=2e-2
+    ), "weights are rounded as they are saved"
+
+
+def distance(codec: AudioTokenizer, sound: Audio, books: int) -> float:
+    """Mel distance between a sound and what its leading codebooks are decoded to."""
+    decoded = codec.decode(Codes(codec.encode(sound).codes_KT[:books], "audio")).samples_T
+    pair = [torch.from_numpy(x[: len(decoded)].copy())[None] for x in (decoded, sound.samples_T)]
+    return float(mel_distance(*pair, rate_hz=8000))
+
+
+@pytest.mark.parametrize(("share", "books"), [(1.0, 1), (0.0, 2)])
+def test_a_piece_is_of_a_sound_that_was_coded_whole(root: Path, codec: Path, share: float, books: int) -> None:
+    training = codec_decoder._DecoderTraining(recipe_of(root, codec, crop_s=0.2, leading_share=share))
+    tokenizer, sound = training._tokenizer, training._train.samples(0)
+    codes_KN = tokenizer.encode(Audio(sound, 8000)).codes_KT
+    for place, start in ((0.0, 0), (0.999, codes_KN.shape[1] - 10)):
+        latents_LN, piece_T = training._piece(0, place, 0.5)
+        expected = tokenizer.latents_of(Codes(codes_KN[:books, start : start + 10], "audio"))[0]
+        assert torch.equal(latents_LN, expected)
+        assert np.array_equal(piece_T.numpy(), sound[start * tokenizer.hop : (start + 10) * tokenizer.hop])
+
+
+def test_what_is_shorter_is_masked(root: Path, codec: Path) -> None:
+    training = codec_decoder._DecoderTraining(recipe_of(root, codec, crop_s=0.7))
+    batch = training.next_batch()
+    assert batch.mask_BN.shape == (4, 35) and batch.mask_BN.sum(1).tolist() == [25] * 4, "0.5 s at 50 Hz"
+    assert batch.sound_BT.shape == (4, 35 * 160) and not batch.sound_BT[:, 25 * 160 :].any()
+    assert not batch.latents_BLN[..., 25:].any()
+
+
+def test_only_the_voices_that_it_shall_speak(codec: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "data"
+    folder.mkdir(parents=True)
+    said = [flac_of(Audio(voice(n), 8000)) for n in range(3)]
+    utterances = tuple(Utterance("a", name, sound) for name, sound in zip(("v", "w", "v@90"), said, strict=True))
+    for split in ("train", "validation"):
+        write_shard(folder / f"{split}-00000.tar", [Record(f"{split}{n}", utterances=utterances) for n in range(2)])
+    (folder / "stage.json").write_text(json.dumps({"identity": "data"}))
+    training = codec_decoder._DecoderTraining(recipe_of(tmp_path / "run", codec, voices=["w", "v@90"]))
+    assert len(training._train) == 4
+    assert np.allclose(training._train.samples(0), voice(1), atol=1e-4)
+    assert np.allclose(training._train.samples(3), voice(2), atol=1e-4)
+    with pytest.raises(DataError, match="no sounds in the voices x, y"):
+        codec_decoder._DecoderTraining(recipe_of(tmp_path / "run", codec, voices=["x", "y"]))
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    root: Path, codec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = recipe_of(root, codec, tmp_path / "whole")
+    run_stage(whole)
+    next_batch, calls = codec_decoder._DecoderTraining.next_batch, []
+
+    def stops_after_four(self: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return next_batch(self)
+
+    monkeypatch.setattr(codec_decoder._DecoderTraining, "next_batch", stops_after_four)
+    parts = recipe_of(root, codec, tmp_path / "parts")
+    with pytest.raises(Interrupted):
+        run_stage(parts)
+    monkeypatch.undo()
+    run_stage(parts)
+    files = [config.folder / "tokenizer" / "istft" / "model.safetensors" for config in (whole, parts)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_codecs_that_cannot_be_are_refused_before_anything_is_moved(root: Path, codec: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "run" / "audio_tokenizer" / "tokenizer"
+    config = recipe_of(root, codec, tmp_path / "run")
+    run_stage(config)
+    seanet = sounds.recipe_of(root, tmp_path / "seanet", decode_with="seanet")
+    run_stage(seanet)
+    for wrong, match in (
+        ({"codes_of": str(seanet.folder / "tokenizer"), "num_codebooks": None}, "only an inverse-STFT one"),
+        ({"leading": 3}, "leading=3, but the codec has 2 codebooks"),
+        ({"codes_of": str(tmp_path / "nowhere")}, "there is no codec at"),
+    ):
+        with pytest.raises(CheckpointError, match=match):
+            run_stage(build(CodecDecoderConfig, {**config.model_dump(mode="json"), **wrong}, source="test"))
+        assert kept.is_dir()
+    with pytest.raises(ConfigError, match=r"loudness is heard"):
+        recipe_of(root, codec, crop_s=0.02, loudness_weight=0.1)
+
+
+def test_a_recipe_is_known_by_its_key(codec: Path, tmp_path: Path) -> None:
+    path = tmp_path / "audio_tokenizer.yaml"
+    path.write_text(f"stage: audio_tokenizer\ncodes_of: {codec}\nnum_codebooks: 2\nloop: {{steps: 1}}\n")
+    config = load_recipe(path, root=tmp_path / "run")
+    assert isinstance(config, CodecDecoderConfig)
+    assert weigh(config)["codec"]["codebooks"] == 2
+
+
+def test_no_key_of_a_usual_recipe_is_taken_for_one_that_makes_it_another_kind() -> None:
+    for (stage, key), _ in ALTERNATIVES.items():
+        usual = STAGES[stage].config_class
+        module = importlib.import_module(f"anygen.stages.{stage}")
+        keys = list(getattr(module, usual).model_fields)
+        assert not difflib.get_close_matches(key, keys, cutoff=0.8), f"{key} is near to a key of {usual}"
