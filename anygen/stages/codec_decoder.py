@@ -9,6 +9,7 @@ Dimension key: B sounds, K codebooks, N code frames, L latent channels, T sample
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -46,14 +47,14 @@ class CodecDecoderConfig(StageConfig):
     """Keep the leading ones only, as many as one of the codec's bandwidths has; all by default."""
     leading: int = Field(1, ge=1)
     """Codebooks that are there when a transformer speaks."""
-    leading_share: float = Field(0.8, ge=0, le=1)
-    """Share of the sounds that are decoded from these alone; the others from all."""
     voices: tuple[str, ...] = ()
-    """Those that it shall speak, as the records call them; all by default."""
-    crop_s: float = Field(2.0, gt=0)
-    """Longer sounds are cut to a piece of this length, drawn anew each time."""
+    """Those that it speaks in, as the records call them; all by default."""
+    rehearsed: int = Field(2, ge=0)
+    """Sounds of a batch that are of any voice and decoded from any number of codebooks: so it does not forget these."""
     batch_size: int = Field(8, ge=1)
     """Sounds a step, of all processes together."""
+    crop_s: float = Field(2.0, gt=0)
+    """Longer sounds are cut to a piece of this length, drawn anew each time."""
     mel_weight: float = Field(2.0, gt=0)
     mel_floor_db: float | None = Field(-80.0, lt=0)
     wave_weight: float = Field(0.5, ge=0)
@@ -73,6 +74,8 @@ class CodecDecoderConfig(StageConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.rehearsed >= self.batch_size:
+            raise ValueError(f"rehearsed={self.rehearsed} leaves nothing of a batch of {self.batch_size} to be learned")
         if self.loudness_weight and self.crop_s < WINDOW_S:
             raise ValueError(f"crop_s={self.crop_s} is shorter than the {WINDOW_S} s in which loudness is heard")
         return self
@@ -148,36 +151,42 @@ class _DecoderTraining:
         assert self._tokenizer.istft is not None
         self._tokenizer.istft.requires_grad_(True).train()
         self._num_frames = max(1, round(config.crop_s * self._tokenizer.rate_hz))
-        self._train, self._held_out = (self._sounds_of(split) for split in ("train", "validation"))
-        self._order = Shuffled(len(self._train), config.batch_size, seed=seed_of(config.loop.seed, "decoder of sounds"))
+        self._spoken, self._held_out = (self._sounds_of(split, config.voices) for split in ("train", "validation"))
+        self._all, self._all_held_out = (self._sounds_of(split) for split in ("train", "validation"))
+        seeds = [seed_of(config.loop.seed, "decoder of sounds", what) for what in ("spoken", "rehearsed")]
+        self._order = Shuffled(len(self._spoken), config.batch_size - config.rehearsed, seed=seeds[0])
+        self._rehearsal = Shuffled(len(self._all), config.rehearsed, seed=seeds[1])
         self._rows = processes.own_rows(config.batch_size)
         self._codes: dict[SoundSet, dict[int, IntArray]] = {}
         self._loss = _DecoderLoss(self._tokenizer.istft, config, self._tokenizer.sample_rate_hz)
         self.module: nn.Module = self._loss
 
-    def _sounds_of(self, split: str) -> SoundSet:
-        return SoundSet(open_records(self._config.root, split), self._tokenizer.sample_rate_hz, self._config.voices)
+    def _sounds_of(self, split: str, voices: tuple[str, ...] = ()) -> SoundSet:
+        return SoundSet(open_records(self._config.root, split), self._tokenizer.sample_rate_hz, voices)
 
     def next_batch(self) -> _Batch:
-        items, generator = self._order.next(), self._order.generator()
-        draws = [(generator.random(), generator.random()) for _ in items]
-        pieces = [self._piece(item, *draw) for item, draw in list(zip(items, draws, strict=True))[self._rows]]
+        spoken, rehearsed = self._order.next(), self._rehearsal.next()
+        generator = self._order.generator()
+        drawn = [(self._spoken, item, self._config.leading) for item in spoken]
+        drawn += [(self._all, item, generator.randint(1, self._tokenizer.num_codebooks)) for item in rehearsed]
+        places = [generator.random() for _ in drawn]
+        pieces = [self._piece(*d, place) for d, place in list(zip(drawn, places, strict=True))[self._rows]]
         num, hop = self._num_frames, self._tokenizer.hop  # always: processes weigh sounds alike, and shapes stay
         mask_BN = torch.stack([torch.arange(num) < latents_LN.shape[1] for latents_LN, _ in pieces])
         latents_BLN = torch.stack([_padded(latents_LN, num) for latents_LN, _ in pieces])
         sound_BT = torch.stack([_padded(sound_T, num * hop) for _, sound_T in pieces])
         return _Batch(latents_BLN, mask_BN, sound_BT)
 
-    def _piece(self, item: int, place: float, share: float) -> tuple[Tensor, Tensor]:
-        """Latents L x N and sound T of what is cut from a sound, at `place` of what could be."""
-        codes_KN, samples_T = self._coded(item, self._train)
+    def _piece(self, sounds: SoundSet, item: int, books: int, place: float) -> tuple[Tensor, Tensor]:
+        """Latents L x N of leading codebooks and sound T of what is cut from a sound, at `place` of what could be."""
+        codes_KN, samples_T = self._coded(sounds, item)
         start = int(place * (max(0, codes_KN.shape[1] - self._num_frames) + 1))
         piece_KN = codes_KN[:, start : start + self._num_frames]
-        hop, num = self._tokenizer.hop, self._config.leading if share < self._config.leading_share else len(piece_KN)
+        hop = self._tokenizer.hop
         sound_T = _padded(torch.from_numpy(samples_T.copy()), codes_KN.shape[1] * hop)
-        return self._latents(piece_KN[:num]), sound_T[start * hop : (start + piece_KN.shape[1]) * hop]
+        return self._latents(piece_KN[:books]), sound_T[start * hop : (start + piece_KN.shape[1]) * hop]
 
-    def _coded(self, item: int, sounds: SoundSet) -> tuple[IntArray, Any]:
+    def _coded(self, sounds: SoundSet, item: int) -> tuple[IntArray, Any]:
         """Codes of a whole sound, as in use and found only once, and its samples."""
         samples_T = sounds.samples(item)
         known = self._codes.setdefault(sounds, {})
@@ -192,26 +201,31 @@ class _DecoderTraining:
         return _Batch(*(part.to(device) for part in batch))
 
     def state(self) -> dict[str, Any]:
-        return {"position": self._order.position}
+        return {"position": self._order.position, "rehearsed": self._rehearsal.position}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._order.position = int(state["position"])
+        self._order.position, self._rehearsal.position = int(state["position"]), int(state["rehearsed"])
 
     def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
         return processes.agreed(states)
 
     def validate(self, module: nn.Module, device: torch.device) -> dict[str, float]:
-        """`mel` of held-out sounds from the leading codebooks, `mel_all` from all; without the floor, as a codec's."""
+        """`mel` of held-out sounds as it speaks, `mel_rehearsed` of any from all codebooks; no floor, as a codec's."""
+        figures = {"mel": self._distance(self._held_out, self._config.leading, device)}
+        if self._config.rehearsed:
+            figures["mel_rehearsed"] = self._distance(self._all_held_out, self._tokenizer.num_codebooks, device)
+        return {name: value for name, value in figures.items() if not math.isnan(value)}
+
+    def _distance(self, sounds: SoundSet, books: int, device: torch.device) -> float:
         rate_hz, distances = self._tokenizer.sample_rate_hz, []
-        for item in range(0, len(self._held_out), max(1, len(self._held_out) // MAX_VALIDATED)):
-            codes_KN, samples_T = self._coded(item, self._held_out)
+        for item in range(0, len(sounds), max(1, len(sounds) // MAX_VALIDATED)):
+            codes_KN, samples_T = self._coded(sounds, item)
             if len(samples_T) < WINDOWS[0]:
                 continue
             sound_1T = torch.from_numpy(samples_T.copy())[None].to(device)
-            for num in (self._config.leading, len(codes_KN)):
-                wave_1T = self._loss.istft(self._latents(codes_KN[:num])[None].to(device))[:, : sound_1T.shape[1]]
-                distances.append(float(mel_distance(wave_1T.float(), sound_1T, rate_hz=rate_hz)))
-        return {"mel": float(np.mean(distances[::2])), "mel_all": float(np.mean(distances[1::2]))} if distances else {}
+            wave_1T = self._loss.istft(self._latents(codes_KN[:books])[None].to(device))[:, : sound_1T.shape[1]]
+            distances.append(float(mel_distance(wave_1T.float(), sound_1T, rate_hz=rate_hz)))
+        return float(np.mean(distances)) if distances else math.nan
 
     def compile(self) -> None:
         for block in self._loss.istft.blocks:

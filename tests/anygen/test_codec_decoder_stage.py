@@ -63,8 +63,8 @@ def test_the_codes_stay_and_the_leading_ones_alone_are_decoded_better(root: Path
     leading, every = (
         [np.mean([distance(codec, sound, books) for sound in heard]) for codec in (before, after)] for books in (1, 2)
     )
-    assert leading[1] < 0.9 * leading[0], "of sounds that it was not trained on"
-    assert [result.metrics[f"validation_mel{kind}"] for kind in ("", "_all")] == pytest.approx(
+    assert leading[1] < 0.9 * leading[0] and every[1] < every[0], "of sounds that it was not trained on"
+    assert [result.metrics[f"validation_mel{kind}"] for kind in ("", "_rehearsed")] == pytest.approx(
         [leading[1], every[1]], rel=2e-2
     ), "weights are rounded as they are saved"
 
@@ -76,13 +76,13 @@ def distance(codec: AudioTokenizer, sound: Audio, books: int) -> float:
     return float(mel_distance(*pair, rate_hz=8000))
 
 
-@pytest.mark.parametrize(("share", "books"), [(1.0, 1), (0.0, 2)])
-def test_a_piece_is_of_a_sound_that_was_coded_whole(root: Path, codec: Path, share: float, books: int) -> None:
-    training = codec_decoder._DecoderTraining(recipe_of(root, codec, crop_s=0.2, leading_share=share))
-    tokenizer, sound = training._tokenizer, training._train.samples(0)
+@pytest.mark.parametrize("books", [1, 2])
+def test_a_piece_is_of_a_sound_that_was_coded_whole(root: Path, codec: Path, books: int) -> None:
+    training = codec_decoder._DecoderTraining(recipe_of(root, codec, crop_s=0.2))
+    tokenizer, sound = training._tokenizer, training._spoken.samples(0)
     codes_KN = tokenizer.encode(Audio(sound, 8000)).codes_KT
     for place, start in ((0.0, 0), (0.999, codes_KN.shape[1] - 10)):
-        latents_LN, piece_T = training._piece(0, place, 0.5)
+        latents_LN, piece_T = training._piece(training._spoken, 0, books, place)
         expected = tokenizer.latents_of(Codes(codes_KN[:books, start : start + 10], "audio"))[0]
         assert torch.equal(latents_LN, expected)
         assert np.array_equal(piece_T.numpy(), sound[start * tokenizer.hop : (start + 10) * tokenizer.hop])
@@ -96,7 +96,9 @@ def test_what_is_shorter_is_masked(root: Path, codec: Path) -> None:
     assert not batch.latents_BLN[..., 25:].any()
 
 
-def test_only_the_voices_that_it_shall_speak(codec: Path, tmp_path: Path) -> None:
+def test_its_voices_are_learned_and_all_are_rehearsed(
+    codec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "run" / "data"
     folder.mkdir(parents=True)
     said = [flac_of(Audio(voice(n), 8000)) for n in range(3)]
@@ -104,10 +106,18 @@ def test_only_the_voices_that_it_shall_speak(codec: Path, tmp_path: Path) -> Non
     for split in ("train", "validation"):
         write_shard(folder / f"{split}-00000.tar", [Record(f"{split}{n}", utterances=utterances) for n in range(2)])
     (folder / "stage.json").write_text(json.dumps({"identity": "data"}))
-    training = codec_decoder._DecoderTraining(recipe_of(tmp_path / "run", codec, voices=["w", "v@90"]))
-    assert len(training._train) == 4
-    assert np.allclose(training._train.samples(0), voice(1), atol=1e-4)
-    assert np.allclose(training._train.samples(3), voice(2), atol=1e-4)
+    config = recipe_of(tmp_path / "run", codec, voices=["w", "v@90"], batch_size=3, rehearsed=1)
+    training = codec_decoder._DecoderTraining(config)
+    spoken = [training._spoken.samples(n) for n in range(len(training._spoken))]
+    assert all(np.allclose(sound, voice(1 + n % 2), atol=1e-4) for n, sound in enumerate(spoken)) and len(spoken) == 4
+    drawn: list[tuple[int, int]] = []
+    piece = training._piece
+    monkeypatch.setattr(training, "_piece", lambda *asked: drawn.append((len(asked[0]), asked[2])) or piece(*asked))
+    for _ in range(8):
+        training.next_batch()
+    assert [of for of, _ in drawn] == [4, 4, 6] * 8
+    assert {books for of, books in drawn if of == 4} == {1}, "its voices from the leading codebook"
+    assert {books for of, books in drawn if of == 6} == {1, 2}, "any voice from one or both"
     with pytest.raises(DataError, match="no sounds in the voices x, y"):
         codec_decoder._DecoderTraining(recipe_of(tmp_path / "run", codec, voices=["x", "y"]))
 
@@ -149,7 +159,9 @@ def test_codecs_that_cannot_be_are_refused_before_anything_is_moved(root: Path, 
         with pytest.raises(CheckpointError, match=match):
             run_stage(build(CodecDecoderConfig, {**config.model_dump(mode="json"), **wrong}, source="test"))
         assert kept.is_dir()
-    with pytest.raises(ConfigError, match=r"loudness is heard"):
+    with pytest.raises(ConfigError, match="rehearsed=4 leaves nothing of a batch of 4"):
+        recipe_of(root, codec, rehearsed=4)
+    with pytest.raises(ConfigError, match="loudness is heard"):
         recipe_of(root, codec, crop_s=0.02, loudness_weight=0.1)
 
 

@@ -216,8 +216,7 @@ def test_decoder_of_sounds_of_two_processes_is_that_of_one(
     codec = sounds.recipe_of(sounds_root, tmp_path / "codec", codec={"num_codebooks": 2})
     run_stage(codec)
     both, one = (
-        decoders.recipe_of(sounds_root, codec.folder / "tokenizer", tmp_path / name, leading_share=0.5)
-        for name in ("two", "one")
+        decoders.recipe_of(sounds_root, codec.folder / "tokenizer", tmp_path / name) for name in ("two", "one")
     )
     seen, _ = launched(both)
     single = alone(one, monkeypatch)

@@ -46,3 +46,22 @@ def test_a_sound_with_its_own_magnitudes_and_phases_is_itself() -> None:
     assert torch.allclose(codec_limits.exchanged(sound, sound), sound, atol=1e-5)
     assert torch.allclose(codec_limits.exchanged(0.5 * sound, sound), 0.5 * sound, atol=1e-5)
     assert (codec_limits.exchanged(other, sound) - sound).norm() > 0.3 * sound.norm()
+
+
+def test_leading_codebooks_are_decoded_and_the_other_names_are_others() -> None:
+    import leading_codebooks
+
+    from anygen.bundle import default_bundle
+    from anygen.evaluation.emoji import RealEmoji
+    from tokenizers_mm.audio import AudioTokenizer
+    from tokenizers_mm.media import Audio
+
+    codec = AudioTokenizer.load(default_bundle() / "tokenizers" / "audio")
+    sound = Audio(0.1 * torch.randn(5000, generator=torch.Generator().manual_seed(0)).numpy(), 16_000)
+    both, one = (leading_codebooks.decoded(codec, sound, books).samples_T for books in (2, 1))
+    assert both.shape == one.shape == (5000,) and (both == codec.decode(codec.encode(sound)).samples_T).all()
+    assert not (both == one).all()
+    groups = leading_codebooks.names_of(RealEmoji(64), 50)
+    assert [len(set(items)) for items in groups.values()] == [50] * 4
+    for name in ("training names", "held-out names"):
+        assert not set(groups[name]) & set(groups[f"other {name}"])
