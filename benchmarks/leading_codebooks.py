@@ -4,12 +4,13 @@
 
 CODEC is a codec's folder or `nano`, the embedded one. It is the ceiling of a transformer that writes no more codebooks:
 names of emoji as `slt` says them, those of the evaluation (and as many others), coded and decoded again. With
-`--theirs` also ESTOI of 40 held-out sounds of each other voice of a data stage that has five or more.
+`--theirs` also ESTOI of 40 held-out sounds of each voice of a data stage that has five or more.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import sys
 import warnings
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pystoi import stoi
 
 from anygen.bundle import default_bundle
 from anygen.data.emoji_names import spoken_forms
@@ -76,34 +78,34 @@ def of_names(codecs: dict[str, AudioTokenizer], limit: int) -> Iterator[dict[str
             yield {"group": group, "codec": name, "codebooks": books, "exact words": facts}
 
 
-def of_voices(codecs: dict[str, AudioTokenizer], data: Path) -> Iterator[dict[str, Any]]:
-    """Mean ESTOI of each voice's held-out sounds."""
-    from pystoi import stoi
-
-    store = RecordStore(data.glob("validation-*.tar"))
-    places: dict[str, list[tuple[int, int]]] = {}
+def of_voices(codecs: dict[str, AudioTokenizer], store: RecordStore) -> Iterator[dict[str, Any]]:
+    """Mean ESTOI of each voice's sounds, those of VOICE among them."""
+    places: dict[str, list[int]] = {}
     for index in range(len(store)):
-        for turn, voice in enumerate(store.voices(index)):
-            places.setdefault(voice, []).append((index, turn))
+        for voice in store.voices(index):
+            places.setdefault(voice, []).append(index)
     for voice, found in sorted(places.items()):
         if len(found) < FEWEST:
             continue
-        chosen = random.Random(0).sample(found, min(MOST_SOUNDS, len(found)))
+        chosen = [store[i] for i in random.Random(0).sample(found, min(MOST_SOUNDS, len(found)))]
+        said = [next(u for u in record.utterances if u.voice == voice) for record in chosen]
         for name, codec in codecs.items():
-            sounds = [store[i].utterances[turn].audio(codec.sample_rate_hz) for i, turn in chosen]
+            sounds = [utterance.audio(codec.sample_rate_hz) for utterance in said]
             for books in range(1, codec.num_codebooks + 1):
-                values = []
-                for sound in sounds:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("error", RuntimeWarning)  # too little that is not silent
-                        try:
-                            again = decoded(codec, sound, books).samples_T
-                            values.append(stoi(sound.samples_T, again, codec.sample_rate_hz, extended=True))
-                        except RuntimeWarning:
-                            continue
+                values = [v for sound in sounds if (v := estoi(sound, decoded(codec, sound, books))) is not None]
                 if values:
-                    estoi = {"ESTOI": float(np.mean(values)), "count": len(values)}
-                    yield {"voice": voice, "codec": name, "codebooks": books, **estoi}
+                    facts = {"ESTOI": float(np.mean(values)), "count": len(values)}
+                    yield {"voice": voice, "codec": name, "codebooks": books, **facts}
+
+
+def estoi(sound: Audio, other: Audio) -> float | None:
+    """None where too little is not silent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            return float(stoi(sound.samples_T, other.samples_T, sound.rate_hz, extended=True))
+        except RuntimeWarning:
+            return None
 
 
 def main() -> int:
@@ -119,16 +121,15 @@ def main() -> int:
             name: AudioTokenizer.load(default_bundle() / "tokenizers" / "audio" if name == "nano" else Path(name))
             for name in options.codecs
         }
-        rows = []
-        parts = [of_names(codecs, options.names), *([of_voices(codecs, options.theirs)] if options.theirs else [])]
-        for part in parts:
-            for row in part:
-                print(row, flush=True)
-                rows.append(row)
+        store = RecordStore(options.theirs.glob("validation-*.tar")) if options.theirs else None
     except AnyGenError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
-    write_json(options.out, {"voice": VOICE, "rows": rows})
+    rows: list[dict[str, Any]] = []
+    for row in itertools.chain(of_voices(codecs, store) if store else (), of_names(codecs, options.names)):
+        print(row, flush=True)
+        rows.append(row)
+        write_json(options.out, {"voice": VOICE, "rows": rows})
     return 0
 
 

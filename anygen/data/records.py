@@ -151,9 +151,10 @@ class RecordStore:
         return len(self.voices(index))
 
     def voices(self, index: int) -> list[str]:
-        """The voice of each utterance of a record; reads nothing."""
+        """The voices that say a record, `voice` where its sound has no name, in no order; reads nothing."""
         parts = [name.rpartition(".") for name in self._entries[index][2]]
-        return [voice for voice, _, kind in parts if kind in SOUND_TYPES and not voice.startswith((_ASKED, _ANSWERED))]
+        named = [voice or "voice" for voice, _, kind in parts if kind in SOUND_TYPES]
+        return [voice for voice in named if not voice.startswith((_ASKED, _ANSWERED))]
 
     def picture(self, index: int, *, of_story: int | None = None) -> bytes | None:
         """The encoded picture of a record, or one of its story's by number; its sounds are not read."""

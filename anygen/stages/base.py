@@ -16,7 +16,7 @@ from pydantic import Field
 from anygen.config import Config
 from anygen.data.order import Permutation
 from anygen.data.records import RecordStore
-from anygen.errors import DataError
+from anygen.errors import ConfigError, DataError
 from tokenizers_mm.llm_text import SomeTextTokenizer, load_text_tokenizer
 
 
@@ -56,6 +56,12 @@ class StageConfig(Config):
     def outside_inputs(self) -> Mapping[str, str]:
         """Fingerprints of what the stage reads from outside the run; the stage is done anew when they change."""
         return {}
+
+
+def check_elsewhere(key: str, path: Path, folder: Path) -> None:
+    """Raise ConfigError where what a recipe names by `key` lies in the stage's own folder, which is moved aside."""
+    if path.resolve().is_relative_to(folder.resolve()) or path.absolute().is_relative_to(folder.absolute()):
+        raise ConfigError(f"{key}={path} lies in this stage's own folder: name another root for this run")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ Dimension key: B sounds, K codebooks, N code frames, L latent channels, T sample
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
@@ -18,11 +20,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from anygen.errors import CheckpointError
+from anygen.data.order import Permutation
+from anygen.data.records import RecordStore
+from anygen.errors import CheckpointError, ConfigError
 from anygen.files import publishing
 from anygen.seeding import seed_of
 from anygen.stages.audio_tokenizer import SoundSet
-from anygen.stages.base import Shuffled, StageConfig, StageResult, open_records
+from anygen.stages.base import Shuffled, StageConfig, StageResult, check_elsewhere, open_records
 from anygen.stages.published_codec import PublishedCodecConfig, open_codec
 from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
@@ -33,7 +37,7 @@ from tokenizers_mm.loudness import WINDOW_S, loudness_distance
 from tokenizers_mm.media import Audio
 from tokenizers_mm.spectral import WINDOWS, mel_distance
 
-MAX_VALIDATED = 64
+MAX_VALIDATED, MAX_NAMED = 64, 12
 
 
 class CodecDecoderConfig(StageConfig):
@@ -42,30 +46,30 @@ class CodecDecoderConfig(StageConfig):
     several_processes: ClassVar[bool] = True
     stage: Literal["audio_tokenizer"] = "audio_tokenizer"
     codes_of: Path
-    """The codec: a folder of one made here, with an inverse-STFT decoder, or a bundle (`nano`: the embedded one)."""
-    num_codebooks: int | None = Field(None, ge=1)
-    """Keep the leading ones only, as many as one of the codec's bandwidths has; all by default."""
+    """The codec: a folder of one made here (`runs/first/audio_tokenizer/tokenizer`), with an inverse-STFT decoder, or a
+    bundle (`nano`: the embedded one)."""
     leading: int = Field(1, ge=1)
-    """Codebooks that are there when a transformer speaks."""
+    """Codebooks that the transformer writes (its `layout.audio_kept`); sounds in `voices` are decoded from these."""
     voices: tuple[str, ...] = ()
-    """Those that it speaks in, as the records call them; all by default."""
+    """Those that it speaks in, as the records call them (a folder's `flite/slt` is `fliteslt`); all by default."""
     rehearsed: int = Field(2, ge=0)
-    """Sounds of a batch that are of any voice and decoded from any number of codebooks: so it does not forget these."""
+    """Sounds of each batch that are of any voice, decoded from one codebook to all: so it does not forget these."""
     batch_size: int = Field(8, ge=1)
     """Sounds a step, of all processes together."""
     crop_s: float = Field(2.0, gt=0)
     """Longer sounds are cut to a piece of this length, drawn anew each time."""
     mel_weight: float = Field(2.0, gt=0)
+    """Weights of the distances of mel spectra, waveform and loudness, and the first one's floor, are as in training a
+    codec (`anygen.stages.audio_tokenizer`)."""
     mel_floor_db: float | None = Field(-80.0, lt=0)
     wave_weight: float = Field(0.5, ge=0)
     loudness_weight: float = Field(0.0, ge=0)
-    """As in the training of a codec (`anygen.stages.audio_tokenizer`)."""
     loop: LoopConfig
 
     @property
     def source(self) -> PublishedCodecConfig:
         """The codec as a recipe that takes it as it is."""
-        return PublishedCodecConfig(root=self.root, checkpoint=self.codes_of, num_codebooks=self.num_codebooks)
+        return PublishedCodecConfig(root=self.root, checkpoint=self.codes_of)
 
     @property
     def on_cpu(self) -> bool:
@@ -76,14 +80,17 @@ class CodecDecoderConfig(StageConfig):
     def _fits(self) -> Self:
         if self.rehearsed >= self.batch_size:
             raise ValueError(f"rehearsed={self.rehearsed} leaves nothing of a batch of {self.batch_size} to be learned")
-        if self.loudness_weight and self.crop_s < WINDOW_S:
-            raise ValueError(f"crop_s={self.crop_s} is shorter than the {WINDOW_S} s in which loudness is heard")
+        if self.crop_s < 2 * WINDOW_S:  # loudness is heard in windows so long
+            raise ValueError(f"crop_s={self.crop_s} is too short to be heard: take {2 * WINDOW_S} s or more")
         return self
 
     def check(self) -> None:
-        """A codec or a batch size that cannot be used is told before anything is moved."""
+        """What cannot be used is told before anything is moved."""
         processes.own_rows(self.batch_size)
+        check_elsewhere("codes_of", self.source.path, self.folder)
         open_decoder(self)
+        for split in ("train", "validation") if self.voices else ():
+            check_voices(self.voices, open_records(self.root, split), split)
 
     def outside_inputs(self) -> dict[str, str]:
         """The codec's files."""
@@ -106,6 +113,17 @@ def open_decoder(config: CodecDecoderConfig) -> AudioTokenizer:
     return tokenizer
 
 
+def check_voices(voices: Collection[str], store: RecordStore, split: str) -> None:
+    """Raise ConfigError where a split has nothing in one of the voices."""
+    there = sorted({voice for index in range(len(store)) for voice in store.voices(index)})
+    for voice in sorted(set(voices) - set(there)):
+        near = get_close_matches(voice, there) or there
+        raise ConfigError(
+            f"voices: the split {split} has nothing in the voice {voice!r}; it has {', '.join(near[:MAX_NAMED])}"
+            + (f" and {len(near) - MAX_NAMED} more" if len(near) > MAX_NAMED else "")
+        )
+
+
 def main(config: CodecDecoderConfig) -> StageResult:
     """Train and save `tokenizer/`."""
     trainee = _DecoderTraining(config)
@@ -122,6 +140,7 @@ class _Batch(NamedTuple):
 
     latents_BLN: Tensor
     mask_BN: Tensor
+    """True where there is sound."""
     sound_BT: Tensor
 
 
@@ -136,6 +155,8 @@ class _DecoderLoss(nn.Module):
         """The loss and its parts."""
         config, rate_hz = self._config, self._rate_hz
         wave_BT = self.istft(batch.latents_BLN, batch.mask_BN).float()
+        hop = wave_BT.shape[1] // batch.mask_BN.shape[1]
+        wave_BT = wave_BT * batch.mask_BN.repeat_interleave(hop, dim=1)  # a sound's last window reaches beyond its end
         mel = mel_distance(wave_BT, batch.sound_BT, rate_hz=rate_hz, floor_db=config.mel_floor_db)
         parts = {"mel": mel, "wave": (wave_BT - batch.sound_BT).abs().mean()}
         loss = config.mel_weight * parts["mel"] + config.wave_weight * parts["wave"]
@@ -152,10 +173,10 @@ class _DecoderTraining:
         self._tokenizer.istft.requires_grad_(True).train()
         self._num_frames = max(1, round(config.crop_s * self._tokenizer.rate_hz))
         self._spoken, self._held_out = (self._sounds_of(split, config.voices) for split in ("train", "validation"))
-        self._all, self._all_held_out = (self._sounds_of(split) for split in ("train", "validation"))
+        self._any_voice, self._any_held_out = (self._sounds_of(split) for split in ("train", "validation"))
         seeds = [seed_of(config.loop.seed, "decoder of sounds", what) for what in ("spoken", "rehearsed")]
         self._order = Shuffled(len(self._spoken), config.batch_size - config.rehearsed, seed=seeds[0])
-        self._rehearsal = Shuffled(len(self._all), config.rehearsed, seed=seeds[1])
+        self._rehearsal = Shuffled(len(self._any_voice), config.rehearsed, seed=seeds[1])
         self._rows = processes.own_rows(config.batch_size)
         self._codes: dict[SoundSet, dict[int, IntArray]] = {}
         self._loss = _DecoderLoss(self._tokenizer.istft, config, self._tokenizer.sample_rate_hz)
@@ -168,7 +189,7 @@ class _DecoderTraining:
         spoken, rehearsed = self._order.next(), self._rehearsal.next()
         generator = self._order.generator()
         drawn = [(self._spoken, item, self._config.leading) for item in spoken]
-        drawn += [(self._all, item, generator.randint(1, self._tokenizer.num_codebooks)) for item in rehearsed]
+        drawn += [(self._any_voice, item, generator.randint(1, self._tokenizer.num_codebooks)) for item in rehearsed]
         places = [generator.random() for _ in drawn]
         pieces = [self._piece(*d, place) for d, place in list(zip(drawn, places, strict=True))[self._rows]]
         num, hop = self._num_frames, self._tokenizer.hop  # always: processes weigh sounds alike, and shapes stay
@@ -213,12 +234,13 @@ class _DecoderTraining:
         """`mel` of held-out sounds as it speaks, `mel_rehearsed` of any from all codebooks; no floor, as a codec's."""
         figures = {"mel": self._distance(self._held_out, self._config.leading, device)}
         if self._config.rehearsed:
-            figures["mel_rehearsed"] = self._distance(self._all_held_out, self._tokenizer.num_codebooks, device)
+            figures["mel_rehearsed"] = self._distance(self._any_held_out, self._tokenizer.num_codebooks, device)
         return {name: value for name, value in figures.items() if not math.isnan(value)}
 
     def _distance(self, sounds: SoundSet, books: int, device: torch.device) -> float:
         rate_hz, distances = self._tokenizer.sample_rate_hz, []
-        for item in range(0, len(sounds), max(1, len(sounds) // MAX_VALIDATED)):
+        some = Permutation(len(sounds), 0)  # evenly spaced ones could all be of one voice
+        for item in map(some, range(min(len(sounds), MAX_VALIDATED))):
             codes_KN, samples_T = self._coded(sounds, item)
             if len(samples_T) < WINDOWS[0]:
                 continue

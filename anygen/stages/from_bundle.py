@@ -47,7 +47,7 @@ def as_run(bundle: Path, root: Path) -> Path:
     provenance = read_json(bundle / ANYGEN_JSON)["provenance"]
     recipes, figures = provenance.get("recipes", {}), provenance.get("figures", {})
     parts = {stage: part for stage, (part, _) in PARTS.items() if (bundle / part).is_dir()}
-    identities = {stage: _identity(bundle / part) for stage, part in parts.items()}
+    identities = {stage: identity_of(bundle / part) for stage, part in parts.items()}
     if is_published(run) and identities == {p.parent.name: read_json(p)["identity"] for p in run.glob("*/stage.json")}:
         return run
     with publishing(run) as folder:
@@ -78,6 +78,7 @@ def model_of(bundle: Path, vocabulary: Vocabulary, layout: Layout) -> Any:
     return opened.model
 
 
-def _identity(part: Path) -> str:
+def identity_of(part: Path) -> str:
+    """Of the files of a part of a bundle; of none where it is not there."""
     files = (path for path in part.rglob("*") if path.is_file())
     return fingerprint_of({file.relative_to(part).as_posix(): sha256_of(file) for file in files})

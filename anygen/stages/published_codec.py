@@ -19,7 +19,7 @@ from pydantic import Field
 
 from anygen.errors import CheckpointError
 from anygen.files import publishing, sha256_of
-from anygen.stages.base import StageConfig, StageResult
+from anygen.stages.base import StageConfig, StageResult, check_elsewhere
 from anygen.stages.from_bundle import bundle_at
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.encodec_package import convert
@@ -43,6 +43,7 @@ class PublishedCodecConfig(StageConfig):
 
     def check(self) -> None:
         """A checkpoint that cannot be used is told before anything is moved."""
+        check_elsewhere("checkpoint", self.path, self.folder)
         open_codec(self)
 
     def outside_inputs(self) -> Mapping[str, str]:
@@ -74,6 +75,10 @@ def open_codec(config: PublishedCodecConfig) -> AudioTokenizer:
     path = config.path
     if not path.exists():
         raise CheckpointError(f"there is no codec at {path}: expected a folder of an EnCodec model, or a .th file")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is no codec, it has no config.json: of a run, name RUN/audio_tokenizer/tokenizer"
+        )
     if path.is_dir():
         return AudioTokenizer.load(path, num_codebooks=config.num_codebooks)
     with tempfile.TemporaryDirectory() as folder:

@@ -92,7 +92,7 @@ def _audio(root: Path, recipe: Path | None) -> tuple[tuple[int, int], float, str
         config = config.source
     if not isinstance(config, PublishedCodecConfig):
         return (0, 0), 0.0, "none"
-    if config.checkpoint.exists():
+    if config.path.exists():
         made = open_codec(config)
         return (made.num_codebooks, made.codebook_size), made.rate_hz, f"of {config.checkpoint}, from {said}"
     books, codes, rate_hz = _ENCODEC_24KHZ

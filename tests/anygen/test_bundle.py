@@ -211,12 +211,19 @@ def test_the_embedded_bundle_is_small_and_of_its_recipe() -> None:
     folder = default_bundle()
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     assert sum(sizes) <= 40e6 and max(sizes) <= 15e6
-    made_by = json.loads((folder / "anygen.json").read_text())["provenance"]["recipes"]
+    provenance = json.loads((folder / "anygen.json").read_text())["provenance"]
+    made_by, changed = provenance["recipes"], provenance["changed"]
     assert {"data", "image_tokenizer", "audio_tokenizer", "pretrain", "decoder"} <= set(made_by)
     last_first = ("spoken", "things", "rhvoice", "speakers", "more_scenes", "more_voices", "longer")
     families = (*(f"nano/{name}" for name in last_first), "nano")
-    for stage, config in made_by.items():
-        name = next(n for family in families if (n := f"{family}/{stage}.yaml") in list_recipes())
+    recorded_by = {
+        next(n for family in families if (n := f"{family}/{stage}.yaml") in list_recipes()): config
+        for stage, config in (made_by | changed["instead_of"]).items()
+    }
+    recorded_by |= {f"nano/clear/{stage}.yaml": config for stage, config in changed["recipes"].items()}
+    assert changed["recipes"].keys() == {"data", "audio_tokenizer"} and len(recorded_by) == len(made_by) + 2
+    assert made_by["audio_tokenizer"] == changed["recipes"]["audio_tokenizer"]
+    for name, config in recorded_by.items():
         recipe = load_recipe(find_recipe(name), root=Path("unused"))
         recorded = type(recipe).model_validate({**config, "root": "unused"})  # later fields: as if at their defaults
         assert recorded == recipe, f"recipes/{name} changed since"

@@ -191,41 +191,83 @@ def test_nano_is_the_embedded_bundle_unless_a_folder_is_called_so(
     assert bundle_at(Path("nano")) == Path("nano")
 
 
-def clearer(root: Path, bundle: Path) -> StageConfig:
+def clearer(root: Path, bundle: Path, **fields: Any) -> StageConfig:
     """Trains the decoder of the bundle's sounds on this run's."""
-    steps = {"steps": 3, "precision": "fp32", "device": "cpu"}
-    return recipe(root, "audio_tokenizer", earlier_run=bundle, codes_of=bundle, crop_s=0.4, batch_size=4, loop=steps)
+    asked = {"crop_s": 0.4, "batch_size": 4, "loop": {"steps": 3, "precision": "fp32", "device": "cpu"}} | fields
+    return recipe(root, "audio_tokenizer", earlier_run=bundle, codes_of=bundle, **asked)
 
 
-def test_a_transformer_gets_a_tokenizer_with_the_same_codes(root: Path, bundle_folder: Path, tmp_path: Path) -> None:
-    run_stage(clearer(root, bundle_folder))
-    again = {"name": "own", "earlier_run": bundle_folder, "weights_of": bundle_folder}
-    (made,) = run_stage(recipe(root, "bundle", **again)).outputs
-    old, new = weights_of(bundle_folder), weights_of(made)
+def provenance_of(bundle: Path) -> dict[str, Any]:
+    return dict(json.loads((bundle / "anygen.json").read_text())["provenance"])
+
+
+@pytest.fixture
+def told_folder(bundle_folder: Path, tmp_path: Path) -> Path:
+    """A bundle that says how its codec was made."""
+    facts = json.loads((bundle_folder / "anygen.json").read_text())
+    recipes = {"audio_tokenizer": {"stage": "audio_tokenizer", "batch_size": 7}, "data": {"stage": "data"}}
+    facts["provenance"] |= {"recipes": recipes, "figures": {"audio_tokenizer": {"bits_per_s": 5.0}}}
+    with publishing(tmp_path / "told") as folder:
+        shutil.copytree(bundle_folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        (folder / "anygen.json").write_text(json.dumps(facts))
+    return tmp_path / "told"
+
+
+def test_a_transformer_gets_a_tokenizer_with_the_same_codes(root: Path, told_folder: Path, tmp_path: Path) -> None:
+    run_stage(clearer(root, told_folder))
+    (made,) = run_stage(recipe(root, "bundle", name="own", weights_of=told_folder)).outputs
+    old, new = weights_of(told_folder), weights_of(made)
     assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
-    theirs, ours = (AnyGen.from_pretrained(f, device="cpu") for f in (bundle_folder, made))
+    theirs, ours = (AnyGen.from_pretrained(f, device="cpu") for f in (told_folder, made))
     answers = [m.generate(text="a red apple", output="audio", seed=3, best_of=1).samples[0] for m in (theirs, ours)]
     assert answers[0].ids == answers[1].ids
     heard = [answer.of("audio")[0].samples_T for answer in answers]
     assert heard[0].shape == heard[1].shape and not (heard[0] == heard[1]).all()
-    before, provenance = theirs.bundle.provenance, ours.bundle.provenance
-    assert provenance.items() >= (before | {"name": "own"}).items()
+
+    provenance = provenance_of(made)
+    assert provenance["name"] == "own" and provenance["recipes"]["data"] == {"stage": "data"}, "the transformer's"
+    assert provenance["recipes"]["audio_tokenizer"]["crop_s"] == 0.4
     assert set(provenance["changed"]["recipes"]) == {"audio_tokenizer", "data"}
-    assert provenance["changed"]["recipes"]["audio_tokenizer"]["crop_s"] == 0.4
-    assert "- validation_mel_rehearsed: " in (made / "README.md").read_text()
+    assert provenance["changed"]["instead_of"]["audio_tokenizer"]["batch_size"] == 7
+    card = (made / "README.md").read_text()
+    assert "- validation_mel_rehearsed: " in card and "bits_per_s" not in card
 
     further = tmp_path / "further" / "run"  # once more, from there
     shutil.copytree(root / "data", further / "data")
-    run_stage(clearer(further, made))
-    (last,) = run_stage(recipe(further, "bundle", name="b", earlier_run=made, weights_of=made)).outputs
-    changed = json.loads((last / "anygen.json").read_text())["provenance"]["changed"]
-    assert changed["before"] == provenance["changed"] and "audio_tokenizer" in changed["recipes"]
+    run_stage(clearer(further, made, crop_s=0.3))
+    (last,) = run_stage(recipe(further, "bundle", name="b", weights_of=made)).outputs
+    told = provenance_of(last)
+    assert told["recipes"]["audio_tokenizer"]["crop_s"] == 0.3
+    assert told["changed"]["instead_of"]["audio_tokenizer"]["crop_s"] == 0.4
+    assert told["changed"]["before"] == provenance["changed"]
+    handed = json.loads((further / "from_bundle" / "audio_tokenizer" / "stage.json").read_text())
+    assert handed["config"]["crop_s"] == 0.4, "who goes on from it inherits the codec's own recipe"
+
+    (tmp_path / "same").mkdir()
+    (same,) = run_stage(recipe(tmp_path / "same" / "run", "bundle", name="c", weights_of=made)).outputs
+    assert provenance_of(same) == provenance | {"name": "c"}, "nothing was changed"
 
 
-def test_a_transformer_of_other_codes_is_refused(root: Path, bundle_folder: Path, tmp_path: Path) -> None:
+def test_a_codec_of_another_run_is_told_too(root: Path, told_folder: Path, tmp_path: Path) -> None:
+    run_stage(clearer(root, told_folder))
+    run_stage(recipe(root, "bundle", name="a", weights_of=told_folder))
+    other = tmp_path / "other" / "run"
+    other.parent.mkdir()
+    (made,) = run_stage(recipe(other, "bundle", name="b", weights_of=told_folder, earlier_run=root)).outputs
+    assert provenance_of(made)["recipes"]["audio_tokenizer"]["crop_s"] == 0.4
+
+
+def test_a_transformer_that_does_not_fit_is_refused_and_the_bundle_of_before_stays(
+    root: Path, bundle_folder: Path, tmp_path: Path
+) -> None:
+    def bundled(**fields: Any) -> Path:
+        return run_stage(recipe(root, "bundle", **{"name": "own", "weights_of": bundle_folder} | fields)).outputs[0]
+
+    made = bundled()
     with pytest.raises(AnyGenError, match="nowhere"):
-        run_stage(recipe(root, "bundle", name="own", earlier_run=bundle_folder, weights_of=tmp_path / "nowhere"))
-    run_stage(recipe(root, "bundle", name="own", earlier_run=bundle_folder, weights_of=bundle_folder))
+        bundled(weights_of=tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="lies in this stage's own folder"):
+        bundled(weights_of=made)
     codec = {"rate_hz": 16_000, "ratios": [8, 5, 4, 2], "num_filters": 2, "latent_dim": 8, "codebook_size": 16}
     loop = {"steps": 3, "precision": "fp32", "device": "cpu"}
     run_stage(
@@ -233,4 +275,18 @@ def test_a_transformer_of_other_codes_is_refused(root: Path, bundle_folder: Path
                steps_without_quantiser=1, loop=loop)
     )  # fmt: skip
     with pytest.raises(CheckpointError, match="audio tokenizer is not the one that this model was trained with"):
-        run_stage(recipe(root, "bundle", name="own", earlier_run=bundle_folder, weights_of=bundle_folder))
+        bundled()
+    shutil.rmtree(root / "audio_tokenizer")
+    (root / "pretrain").mkdir()
+    with pytest.raises(ConfigError, match="has one of its own"):
+        bundled(name="other")
+    assert made.is_dir() and not (root / "old").exists()
+
+
+def test_a_codec_in_the_stages_own_folder_is_refused_and_stays(root: Path, bundle_folder: Path) -> None:
+    run_stage(clearer(root, bundle_folder))
+    own = root / "audio_tokenizer" / "tokenizer"
+    for asked in ({"codes_of": own, "loop": STILL}, {"checkpoint": own}):
+        with pytest.raises(ConfigError, match="lies in this stage's own folder"):
+            run_stage(recipe(root, "audio_tokenizer", **asked))
+        assert own.is_dir()

@@ -215,9 +215,20 @@ def test_decoder_of_sounds_of_two_processes_is_that_of_one(
 ) -> None:
     codec = sounds.recipe_of(sounds_root, tmp_path / "codec", codec={"num_codebooks": 2})
     run_stage(codec)
+    loop = {
+        "steps": 6,
+        "log_every": 1,
+        "precision": "fp32",
+        "device": "cpu",
+        "optimizer": {"lr": 2e-3, "warmup_steps": 1},
+    }
     both, one = (
-        decoders.recipe_of(sounds_root, codec.folder / "tokenizer", tmp_path / name) for name in ("two", "one")
-    )
+        decoders.recipe_of(
+            sounds_root, codec.folder / "tokenizer", tmp_path / name,
+            voices=["v"], rehearsed=1, loudness_weight=0.1, loop=loop,
+        )
+        for name in ("two", "one")
+    )  # fmt: skip
     seen, _ = launched(both)
     single = alone(one, monkeypatch)
     assert_equal(seen[0]["states"], seen[1]["states"], exact=True)
