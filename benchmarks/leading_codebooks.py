@@ -4,7 +4,7 @@
 
 CODEC is a codec's folder or `nano`, the embedded one. It is the ceiling of a transformer that writes no more codebooks:
 names of emoji as `slt` says them, those of the evaluation (and as many others), coded and decoded again. With
-`--theirs` also ESTOI of 40 held-out sounds of each voice of a data stage that has five or more.
+`--theirs` also ESTOI of 12 held-out sounds of each voice of a data stage that has five or more.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.codes import Codes
 from tokenizers_mm.media import Audio
 
-VOICE, MOST_SOUNDS, FEWEST = "slt", 40, 5
+VOICE, MOST_SOUNDS, FEWEST = "slt", 12, 5
 
 
 def names_of(world: RealEmoji, limit: int) -> dict[str, list[int]]:

@@ -64,6 +64,8 @@ class CodecDecoderConfig(StageConfig):
     mel_floor_db: float | None = Field(-80.0, lt=0)
     wave_weight: float = Field(0.5, ge=0)
     loudness_weight: float = Field(0.0, ge=0)
+    learned_share: float = Field(1.0, gt=0, le=1)
+    """Of what was learned is kept; the rest of each weight is as before, for other voices (WiSE-FT, 2109.01903)."""
     loop: LoopConfig
 
     @property
@@ -128,6 +130,8 @@ def main(config: CodecDecoderConfig) -> StageResult:
     """Train and save `tokenizer/`."""
     trainee = _DecoderTraining(config)
     metrics = train(trainee, config.loop, config.folder, title="decoder of sounds")
+    if config.learned_share < 1:
+        metrics |= trainee.mixed(config.learned_share)
     if processes.rank() == 0:
         with publishing(config.folder / "tokenizer") as folder:
             trainee.tokenizer().save(folder)
@@ -248,6 +252,16 @@ class _DecoderTraining:
             wave_1T = self._loss.istft(self._latents(codes_KN[:books])[None].to(device))[:, : sound_1T.shape[1]]
             distances.append(float(mel_distance(wave_1T.float(), sound_1T, rate_hz=rate_hz)))
         return float(np.mean(distances)) if distances else math.nan
+
+    @torch.no_grad()
+    def mixed(self, share: float) -> dict[str, float]:
+        """Take back the rest of what was learned; returns the figures of validation anew."""
+        before = open_decoder(self._config).istft
+        assert before is not None
+        for weight, old in zip(self._loss.istft.parameters(), before.parameters(), strict=True):
+            weight.copy_(torch.lerp(old.to(weight), weight, share))
+        figures = self.validate(self._loss.eval(), next(self._loss.parameters()).device)
+        return {f"validation_{name}": value for name, value in figures.items()}
 
     def compile(self) -> None:
         for block in self._loss.istft.blocks:

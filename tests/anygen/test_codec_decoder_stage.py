@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import test_audio_tokenizer_stage as sounds
 import torch
+from safetensors.torch import load_file
 from test_audio_tokenizer_stage import voice
 
 from anygen.config import build
@@ -71,6 +72,28 @@ def test_the_codes_stay_and_the_leading_ones_alone_are_decoded_better(root: Path
     assert leading_after < 0.9 * leading_before and all_after < all_before, "of sounds that it was not trained on"
     figures = [result.metrics[f"validation_mel{kind}"] for kind in ("", "_rehearsed")]
     assert figures == pytest.approx([leading_after, all_after], rel=2e-2), "weights are rounded as they are saved"
+
+
+def test_a_share_of_what_was_learned_can_be_kept(root: Path, codec: Path, tmp_path: Path) -> None:
+    loop = {"steps": 10, "precision": "fp32", "device": "cpu", "optimizer": {"lr": 1e-2, "warmup_steps": 1}}
+    whole, part = (
+        recipe_of(root, codec, tmp_path / str(share), learned_share=share, loop=loop) for share in (1.0, 0.25)
+    )
+    figures = [run_stage(config).metrics for config in (whole, part)]
+    before, after, mixed = (
+        load_file(folder / "istft" / "model.safetensors")
+        for folder in (codec, whole.folder / "tokenizer", part.folder / "tokenizer")
+    )
+    for name, weight in mixed.items():
+        expected = 0.25 * after[name].float() + 0.75 * before[name].float()
+        torch.testing.assert_close(weight.float(), expected, rtol=2e-2, atol=1e-3)
+    assert any((after[name] - before[name]).abs().max() > 0.02 for name in after)
+    assert figures[0]["validation_mel"] != figures[1]["validation_mel"]
+    store = RecordStore([root / "data" / "validation-00000.tar"])
+    heard = [u.audio(8000) for record in store for u in record.utterances]
+    saved = AudioTokenizer.load(part.folder / "tokenizer")
+    found = float(np.mean([distance(saved, sound, 1) for sound in heard]))
+    assert figures[1]["validation_mel"] == pytest.approx(found, rel=2e-2), "of what is saved"
 
 
 def distance(codec: AudioTokenizer, sound: Audio, books: int) -> float:
