@@ -137,7 +137,7 @@ def in_the_package(name: str) -> str:
     ("fields", "error", "says"),
     [
         ({"checkpoint": "absent"}, CheckpointError, "there is no codec at absent"),
-        ({"checkpoint": "{empty}"}, CheckpointError, "no usable EnCodec model"),
+        ({"checkpoint": "{empty}"}, CheckpointError, "no config.json: of a run, name RUN"),
         ({"checkpoint": "{clip}"}, CheckpointError, "not of an EnCodec model"),
         ({"checkpoint": "{published}", "num_codebooks": 3}, CheckpointError, r"bandwidths of \[2, 4, 8, 16, 32\] codebooks"),
         ({"checkpoint": "{published}", "num_codebooks": 0}, ConfigError, "greater than or equal to 1"),
