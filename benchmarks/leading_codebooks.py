@@ -87,8 +87,8 @@ def of_voices(codecs: dict[str, AudioTokenizer], store: RecordStore) -> Iterator
     for voice, found in sorted(places.items()):
         if len(found) < FEWEST:
             continue
-        chosen = [store[i] for i in random.Random(0).sample(found, min(MOST_SOUNDS, len(found)))]
-        said = [next(u for u in record.utterances if u.voice == voice) for record in chosen]
+        chosen = random.Random(0).sample(found, min(MOST_SOUNDS, len(found)))
+        said = [store.utterance(index, voice) for index in chosen]
         for name, codec in codecs.items():
             sounds = [utterance.audio(codec.sample_rate_hz) for utterance in said]
             for books in range(1, codec.num_codebooks + 1):

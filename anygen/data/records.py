@@ -156,6 +156,18 @@ class RecordStore:
         named = [voice or "voice" for voice, _, kind in parts if kind in SOUND_TYPES]
         return [voice for voice in named if not voice.startswith((_ASKED, _ANSWERED))]
 
+    def utterance(self, index: int, voice: str) -> Utterance:
+        """What one of `voices` says of a record.
+
+        Raises:
+            DataError: its sound is there, but the record's JSON does not say what it is.
+        """
+        found = next((u for u in self[index].utterances if u.voice == voice), None)
+        if found is None:
+            path, key, _ = self._entries[index]
+            raise DataError(f"{path}: record {key!r} has a sound of {voice!r}, which its utterances do not list")
+        return found
+
     def picture(self, index: int, *, of_story: int | None = None) -> bytes | None:
         """The encoded picture of a record, or one of its story's by number; its sounds are not read."""
         path, _, members = self._entries[index]

@@ -245,12 +245,11 @@ class SoundSet:
         self._lengths: dict[int, int] = {}
         self._kept: dict[int, Any] = {}
         self._places = [
-            (index, turn, voice)
+            (index, voice)
             for index in range(len(store))
-            for turn, voice in enumerate(store.voices(index))
+            for voice in store.voices(index)
             if not voices or voice in voices
         ]
-        self._by_voice = bool(voices)  # else every utterance is there, in whatever order
         if not self._places:
             raise DataError("the data hold no sounds" + (f" in the voices {', '.join(voices)}" if voices else ""))
 
@@ -261,10 +260,7 @@ class SoundSet:
         """float32 samples of one utterance."""
         if item in self._kept:
             return self._kept.pop(item)
-        index, turn, voice = self._places[item]
-        said = self._store[index].utterances
-        utterance = next(u for u in said if u.voice == voice) if self._by_voice else said[turn]
-        samples_T = utterance.audio(self._rate_hz).samples_T
+        samples_T = self._store.utterance(*self._places[item]).audio(self._rate_hz).samples_T
         self._lengths[item] = len(samples_T)
         return samples_T
 

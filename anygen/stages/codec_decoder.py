@@ -27,13 +27,14 @@ from anygen.files import publishing
 from anygen.seeding import seed_of
 from anygen.stages.audio_tokenizer import SoundSet
 from anygen.stages.base import Shuffled, StageConfig, StageResult, check_elsewhere, open_records
+from anygen.stages.codec_losses import distances
 from anygen.stages.published_codec import PublishedCodecConfig, open_codec
 from anygen.training import processes
 from anygen.training.loop import LoopConfig, train
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.codes import Codes, IntArray
 from tokenizers_mm.istft import InverseSTFTDecoder
-from tokenizers_mm.loudness import WINDOW_S, loudness_distance
+from tokenizers_mm.loudness import WINDOW_S
 from tokenizers_mm.media import Audio
 from tokenizers_mm.spectral import WINDOWS, mel_distance
 
@@ -157,16 +158,18 @@ class _DecoderLoss(nn.Module):
 
     def forward(self, batch: _Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts."""
-        config, rate_hz = self._config, self._rate_hz
+        config = self._config
         wave_BT = self.istft(batch.latents_BLN, batch.mask_BN).float()
         hop = wave_BT.shape[1] // batch.mask_BN.shape[1]
         wave_BT = wave_BT * batch.mask_BN.repeat_interleave(hop, dim=1)  # a sound's last window reaches beyond its end
-        mel = mel_distance(wave_BT, batch.sound_BT, rate_hz=rate_hz, floor_db=config.mel_floor_db)
-        parts = {"mel": mel, "wave": (wave_BT - batch.sound_BT).abs().mean()}
-        loss = config.mel_weight * parts["mel"] + config.wave_weight * parts["wave"]
-        if config.loudness_weight:
-            parts["loudness"] = loudness_distance(wave_BT, batch.sound_BT, rate_hz=rate_hz)
-            loss = loss + config.loudness_weight * parts["loudness"]
+        parts = distances(
+            wave_BT,
+            batch.sound_BT,
+            rate_hz=self._rate_hz,
+            mel_floor_db=config.mel_floor_db,
+            with_loudness=config.loudness_weight > 0,
+        )
+        loss = torch.stack([getattr(config, f"{name}_weight") * part for name, part in parts.items()]).sum()
         return loss, {name: part.detach() for name, part in parts.items()}
 
 

@@ -23,6 +23,19 @@ from tokenizers_mm.usage import UsageMonitor
 _GOLDEN = (5**0.5 - 1) / 2
 
 
+def distances(
+    decoded_BT: Tensor, sound_BT: Tensor, *, rate_hz: int, mel_floor_db: float | None, with_loudness: bool
+) -> dict[str, Tensor]:
+    """`mel`, `wave` and, where asked for, `loudness`: what a decoded sound is away from the original."""
+    parts = {
+        "mel": mel_distance(decoded_BT, sound_BT, rate_hz=rate_hz, floor_db=mel_floor_db),
+        "wave": (decoded_BT - sound_BT).abs().mean(),
+    }
+    if with_loudness:
+        parts["loudness"] = loudness_distance(decoded_BT, sound_BT, rate_hz=rate_hz)
+    return parts
+
+
 class CodecLoss(nn.Module):
     """Codec, decoder, discriminator and the monitors of the codebooks.
 
@@ -98,12 +111,13 @@ class CodecLoss(nn.Module):
         decoded_BT = self.decoded(latents_BLN)
         # The losses see a leaf: the balancer needs each one's gradient at the waveform, once.
         leaf_BT = decoded_BT.detach().requires_grad_() if self.balancer else decoded_BT
-        parts = {
-            "mel": mel_distance(leaf_BT, sound_BT, rate_hz=self.codec.size.rate_hz, floor_db=self._mel_floor_db),
-            "wave": (leaf_BT - sound_BT).abs().mean(),
-        }
-        if "loudness" in self._weights:
-            parts["loudness"] = loudness_distance(leaf_BT, sound_BT, rate_hz=self.codec.size.rate_hz)
+        parts = distances(
+            leaf_BT,
+            sound_BT,
+            rate_hz=self.codec.size.rate_hz,
+            mel_floor_db=self._mel_floor_db,
+            with_loudness="loudness" in self._weights,
+        )
         theirs = None
         if self.discriminator is not None and step >= self._judge_start:
             theirs = self._judged(leaf_BT, sound_BT, parts)

@@ -174,6 +174,13 @@ def test_a_voice_is_found_by_its_name_in_any_order_of_sounds(tmp_path: Path) -> 
         sounds = SoundSet(store, 8000, (name,))
         assert len(sounds) == 1 and np.allclose(sounds.samples(0), voice(number), atol=1e-4), name
     assert len(SoundSet(store, 8000)) == 3
+    with tarfile.open(path, "w") as tar:
+        for name, data in (("k.json", json.dumps(listed).encode()), *((f"k.{v}.flac", said["v"]) for v in "vwx")):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with pytest.raises(DataError, match="record 'k' has a sound of 'x', which its utterances do not list"):
+        SoundSet(RecordStore([path]), 8000, ("x",)).samples(0)
 
 
 def test_what_is_behind_the_end_of_a_sound_is_not_heard(root: Path, codec: Path) -> None:
