@@ -10,15 +10,16 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from anygen.config import Config
 from anygen.plan import can_be_read_back
 
-Judge = Literal["backward", "forward"]
-"""log p(input | answer), or log p(answer | input): `anygen.ranking`."""
+Judge = Literal["backward", "forward", "both"]
+"""log p(input | answer), log p(answer | input), or both together: `anygen.ranking`."""
 
 
 class BestOf(Config):
     """How a bundle chooses among several answers in one direction (`image>text`); a plain number is `number`.
 
     By way of a text (`Request.via`) a direction gives its number; judge and temperature are those of each step, as of
-    `audio>text` and `text>image`. These two also hold where the caller says how many.
+    `audio>text` and `text>image`, but the judge `both` is that of all its steps. Judge and temperature also hold where
+    the caller says how many.
 
     >>> BestOf.model_validate(8), BestOf(number=8).model_dump()
     (BestOf(number=8, judge='backward', temperature=None), 8)
@@ -27,7 +28,8 @@ class BestOf(Config):
     number: int = Field(ge=1, strict=True)
     """How many are drawn for one that is kept, where the caller does not say it."""
     judge: Judge = "backward"
-    """`forward` is for what a model hears or sees well and could not make, as voices other than its own."""
+    """`forward` is for what a model hears or sees well and could not make, as voices other than its own; `both` is for
+    ways by a text that can be put in several words, of which it says or draws some better than others."""
     temperature: float | None = Field(None, ge=0, le=100, strict=True)
     """At which several answers are drawn; by default as one would be."""
 

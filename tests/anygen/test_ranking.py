@@ -77,17 +77,20 @@ def plain(model: AnyGen) -> Any:
     return plain
 
 
-@pytest.mark.parametrize("judge", ["backward", "forward"])
+@pytest.mark.parametrize("judge", ["backward", "forward", "both"])
 @pytest.mark.parametrize(("given", "wanted"), TASKS)
 def test_the_best_answer_is_kept(
     model: AnyGen, plain: Any, monkeypatch: pytest.MonkeyPatch, given: str, wanted: str, judge: Any
 ) -> None:
     options = {**INPUTS[given], "output": wanted, "temperature": 3.0, "max_new_tokens": 60, "seed": 5}
     drawn = model.generate(**options, num_samples=6).samples
-    nats = [nats_of(model, plain, given, wanted, sample, judge) for sample in drawn]
+    nats = [nats_of(model, plain, given, wanted, sample, "backward" if judge == "both" else judge) for sample in drawn]
+    if judge == "both":  # and forward as if it were 15 ids
+        forward = [nats_of(model, plain, given, wanted, sample, "forward") / len(sample.ids) for sample in drawn]
+        nats = [back + 15 * mean for back, mean in zip(nats, forward, strict=True)]
     assert len({sample.ids for sample in drawn}) > 1 and np.ptp(nats) > 1e-3, "else anything could be kept"
-    if judge == "forward":
-        usual = {f"{given}>{wanted}": BestOf(number=1, judge="forward")}
+    if judge != "backward":
+        usual = {f"{given}>{wanted}": BestOf(number=1, judge=judge)}
         monkeypatch.setattr(model, "bundle", dataclasses.replace(model.bundle, best_of=usual))
     kept = model.generate(**options, num_samples=2, best_of=3).samples
     expected = [min(range(3), key=lambda i: nats[i]), min(range(3, 6), key=lambda i: nats[i])]
@@ -262,7 +265,7 @@ def test_the_answer_to_another_task_is_judged_backward(model: AnyGen, monkeypatc
         ({"text>image": 0}, "best_of.text>image.number.*greater than or equal to 1"),
         ({"text>image": True}, "best_of.text>image.number.*valid integer"),
         ({"text>image": {"judge": "forward"}}, "best_of.text>image.number.*(required|missing)"),
-        ({"text>image": {"number": 2, "judge": "sideways"}}, "best_of.*'backward' or 'forward'"),
+        ({"text>image": {"number": 2, "judge": "sideways"}}, "best_of.*'backward', 'forward' or 'both'"),
         ({"text>image": {"number": 2, "temperature": -1}}, "best_of.*greater than or equal to 0"),
         ({"text>image": {"number": 2, "temperature": True}}, "best_of.text>image.temperature.*valid number"),
         ({"text>image": {"number": 2, "temprature": 1}}, "best_of.text>image.temprature"),

@@ -227,8 +227,9 @@ def test_the_best_of_several_is_judged_step_by_step(chained: AnyGen, monkeypatch
     judged_by = ranking._judged
 
     def watched(*arguments: Any) -> Any:
-        chains.append(judged_by(*arguments))
-        return chains[-1]
+        told = judged_by(*arguments)
+        chains.append([document for document, _ in told])
+        return told
 
     def judged(model: Any, vocabulary: Any, sequences: list[Any]) -> list[tuple[Any, Any]]:
         assert len(sequences) == 8
@@ -244,6 +245,30 @@ def test_the_best_of_several_is_judged_step_by_step(chained: AnyGen, monkeypatch
     chained.generate(**CALL, best_of=4)
     told = [[(s.modality, s.target) for s in document.segments] for document in chains[-1]]
     assert told == [[("audio", False), ("text", True)], [("image", False), ("text", True)]], "each step has its judge"
+
+
+@pytest.mark.parametrize("way", ["text", "text_only"])
+def test_a_way_is_judged_both_ways_where_its_direction_says_so(
+    chained: AnyGen, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    chained.bundle.via["audio>image"] = way  # type: ignore[index]
+    chains: list[list[list[tuple[str, bool]]]] = []
+
+    def judged(model: Any, vocabulary: Any, sequences: list[Any]) -> list[tuple[Any, Any]]:
+        documents = [chained.sequencer.parse(sequence.ids_S).document for sequence in sequences]
+        chains.append([[(s.modality, s.target) for s in document.segments] for document in documents])
+        return [
+            (None, np.array(n)) for n in ([[1], [5, 5], [1], [1]] + [[20], [0] * 9, [20, 10], [1] * 9] + [[99]] * 8)
+        ]
+
+    monkeypatch.setattr(ranking, "answer_nats", judged)
+    usual = {"audio>text": BestOf(number=1, judge="forward"), "audio>image": BestOf(number=1, judge="both")}
+    monkeypatch.setattr(chained, "bundle", dataclasses.replace(chained.bundle, best_of=usual))
+    kept = chained.generate(**CALL, best_of=4).samples[0]
+    assert len(chains[0]) == 16 and kept.seed == 1, "2 + 15 (5 + 1) nats, then 50 + 15 (0 + 1)"
+    heard, drawn = [("text", False), ("audio", True)], [("image", False), ("text", True)]
+    forwards = [[("audio", False), ("text", True)], [("text", False), ("image", True)]]
+    assert chains[0][:4] == [heard, forwards[0], drawn, forwards[1]], "whatever the steps say by themselves"
 
 
 @pytest.mark.parametrize(

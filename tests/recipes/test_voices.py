@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from anygen.data.emoji_names import spoken_forms
 from anygen.data.emoji_pictures import FONT_PATHS, EmojiFont
 from anygen.data.scenes import NUMBER_WORDS, answers_about, is_countable, make_scene, questions_about
 from anygen.data.speech import speak
@@ -58,6 +59,19 @@ def test_the_metadata_names_what_each_sound_says(tmp_path: Path) -> None:
         sound, _ = soundfile.read(tmp_path / row["file_name"], dtype="float32")
         assert np.allclose(sound, speak(row["text"], voice).samples_T, atol=1e-3)
     assert (tmp_path / rows[0]["file_name"]).read_bytes() == before, "more names go on from fewer"
+
+
+def test_every_phrasing_of_a_name_is_read_and_of_held_out_names_none(tmp_path: Path) -> None:
+    script = f"import json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import more_voices\n"
+    script += "print(json.dumps([more_voices.sayings_of(say) for say in ('names', 'phrasings')]))"
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)
+    names, phrasings = json.loads(done.stdout)
+    catalogue = EmojiFont().catalogue()
+    held_out = {form for e in catalogue if e.split != "train" for form in spoken_forms(e.parts)}
+    assert ["a man kneeling facing right with dark skin tone"] in phrasings and ["love hotel"] in phrasings
+    assert sorted(phrasings) == sorted([form] for name in names for form in name) and len(phrasings) > 1.9 * len(names)
+    assert len(names) == sum(e.split == "train" for e in catalogue) and len(held_out) > 500
+    assert not held_out & {form for (form,) in phrasings}
 
 
 @pytest.mark.skipif(not shutil.which("flite"), reason="needs flite")

@@ -11,8 +11,8 @@ Twelve voices of festival and six of SVOX Pico, these at three pitches. Every vo
 the rules of its own language: nobody has to understand them. Those of flite, espeak-ng and RHVoice can be had as well,
 where they are asked for: flite/awb@80, espeak/en-us+m3, rhvoice/bdl@90-110-95 (throat, tempo, pitch in percent). What
 lies there already is kept, so it can be interrupted. `metadata.jsonl` says what each voice of the last call reads, so a
-folder source can take the folder. In place of names they can read questions about scenes, or the answers to them
-(--say questions).
+folder source can take the folder. In place of names, each in one of its phrasings, they can read every phrasing of them
+(--say phrasings), questions about scenes, or the answers to these (--say questions).
 """
 
 from __future__ import annotations
@@ -178,6 +178,8 @@ def sayings_of(what: str) -> list[tuple[str, ...]]:
     emoji = [e for e in EmojiFont().catalogue() if e.split == "train"]
     if what == "names":
         return [tuple(spoken_forms(e.parts)) for e in emoji]
+    if what == "phrasings":
+        return [(form,) for e in emoji for form in spoken_forms(e.parts)]
     about = {"questions": questions_about, "answers": answers_about}[what]
     said = [text for e in emoji if is_countable(e) for text in about(e.parts.subject)]
     return [(text,) for text in (*said, *(NUMBER_WORDS[1:] if what == "answers" else ()))]
@@ -188,7 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--names", type=int, default=500, help="how many each voice reads, of whatever it reads")
-    parser.add_argument("--say", choices=("names", "questions", "answers"), default="names")
+    parser.add_argument("--say", choices=("names", "phrasings", "questions", "answers"), default="names")
     parser.add_argument("--voices", nargs="+", default=VOICES, type=known_voice, metavar="VOICE")
     options = parser.parse_args()
     sayings = sayings_of(options.say)
