@@ -11,15 +11,15 @@ from anygen.config import Config
 from anygen.plan import can_be_read_back
 
 Judge = Literal["backward", "forward", "both"]
-"""log p(input | answer), log p(answer | input), or both together: `anygen.ranking`."""
+"""log p(input | answer), log p(answer | input), or the first and, by its mean id, the second: `anygen.ranking`."""
 
 
 class BestOf(Config):
     """How a bundle chooses among several answers in one direction (`image>text`); a plain number is `number`.
 
     By way of a text (`Request.via`) a direction gives its number; judge and temperature are those of each step, as of
-    `audio>text` and `text>image`, but the judge `both` is that of all its steps. Judge and temperature also hold where
-    the caller says how many.
+    `audio>text` and `text>image`, but its own judge `both` stands above those of its steps. Judge and temperature also
+    hold where the caller says how many.
 
     >>> BestOf.model_validate(8), BestOf(number=8).model_dump()
     (BestOf(number=8, judge='backward', temperature=None), 8)

@@ -8,16 +8,17 @@ written between the two (`Request.via`), each step is judged: log p(input | text
 
 A bundle may say that a direction is judged forward, by log p(answer | input), as recognisers of speech search for the
 likeliest words: a voice that a model never speaks is about as unlikely whatever it says. Or that it is judged both
-ways (MMI-bidi of the same paper), where by way of a text all steps are: read backwards one wording is as good as
-another, but the model may know how to say the one and not the other, and log p(speech | wording) tells which.
+ways, by way of a text at every step: sum log p(input | answer) + 15 mean log p(answer | input), after MMI-bidi of the
+same paper, which adds the sums. Read backwards one wording is as good as another, but the model may know how to say
+the one and not the other, and log p(speech | wording) tells which; by its sum short wordings would win, and leave out
+what is to be said (`benchmarks/judged_ways.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,13 +30,13 @@ from anygen.plan import can_be_read_back
 from anygen.planning import steps_of
 from anygen.request import MAX_SAMPLES, Request
 from anygen.sampling.choose import SamplingOptions
-from anygen.sampling.likelihood import answer_nats
+from anygen.sampling.likelihood import Nats, answer_nats
 from anygen.sampling.sampler import SampleState
 from anygen.sequence import Sequencer
 
 _FORWARD_IDS = 15
-"""As how many ids an answer counts forward where it is judged both ways: the mean of its own, so many times. By the sum
-short wordings would win, and leave out what is to be said. From 10 to 20 the same answers win."""
+"""As how many ids the forward side of each step counts, where both are judged: the mean of its own, so many times.
+Chosen for picture -> speech of the embedded bundle, where 10 to 20 do as well."""
 
 
 def is_ranked(request: Request) -> bool:
@@ -92,36 +93,45 @@ def check_ranked(request: Request) -> None:
 def best_of(bundle: Bundle, sequencer: Sequencer, request: Request, states: Sequence[SampleState]) -> list[SampleState]:
     """Of the finished answers that were drawn for each sample, the best; the first where several are."""
     usual, num = _usual(request, bundle), request.num_drawn
-    chains = [[(sequencer.build(d), is_mean) for d, is_mean in _judged(usual, sequencer, state)] for state in states]
-    different = {s.ids_S.tobytes(): s for chain in chains for s, _ in chain}  # texts are often alike
+    chains = [_judged(usual, sequencer, state) for state in states]
+    built = [[sequencer.build(told.document) for told in chain] for chain in chains]
+    different = {s.ids_S.tobytes(): s for sequences in built for s in sequences}  # texts are often alike
     found = answer_nats(bundle.model, bundle.vocabulary, list(different.values()))
     nats = {key: nats_P for key, (_, nats_P) in zip(different, found, strict=True)}
-
-    def weighed(chain: list[tuple[Any, bool]]) -> float:
-        told = [(nats[s.ids_S.tobytes()], is_mean) for s, is_mean in chain]
-        return sum(_FORWARD_IDS * float(n_P.mean()) if is_mean else float(n_P.sum()) for n_P, is_mean in told)
-
-    scores = [-weighed(chain) for chain in chains]
+    scores = [
+        -sum(told.cost(nats[s.ids_S.tobytes()]) for told, s in zip(chain, sequences, strict=True))
+        for chain, sequences in zip(chains, built, strict=True)
+    ]
     return [states[start + int(np.argmax(scores[start : start + num]))] for start in range(0, len(states), num)]
 
 
-def _judged(usual: Mapping[str, BestOf], sequencer: Sequencer, state: SampleState) -> list[tuple[Document, bool]]:
-    """Of each step from the input to the answer a document of both, whose target is what its judge finds likely.
+@dataclass(frozen=True)
+class _Told:
+    """What a judge weighs: how likely the target of a document is."""
 
-    Two where the judge is `both`; with each, whether it counts by the mean of its ids.
-    """
+    document: Document
+    by_mean: bool
+    """By the mean of its ids, as if they were `_FORWARD_IDS`, and not by their sum."""
+
+    def cost(self, nats_P: Nats) -> float:
+        """Of its target's nats."""
+        return _FORWARD_IDS * float(nats_P.mean()) if self.by_mean else float(nats_P.sum())
+
+
+def _judged(usual: Mapping[str, BestOf], sequencer: Sequencer, state: SampleState) -> list[_Told]:
+    """Of each step from the input to the answer what its judge weighs; of `both`, first backward."""
     segments = _segments(sequencer, state)
     if state.earlier is not None:
         segments = (*_segments(sequencer, state.earlier), *segments[-1:])
     whole = _judge_of(usual, segments[0], segments[-1])
-    documents = []
+    judged = []
     for given, answer in itertools.pairwise(segments):
         judge = whole if whole == "both" else _judge_of(usual, given, answer)
         if judge in ("backward", "both"):
-            documents.append((_telling(given, known=answer), False))
+            judged.append(_Told(_document(given, known=answer), by_mean=False))
         if judge in ("forward", "both"):
-            documents.append((_telling(answer, known=given), judge == "both"))
-    return documents
+            judged.append(_Told(_document(answer, known=given), by_mean=judge == "both"))
+    return judged
 
 
 def _judge_of(usual: Mapping[str, BestOf], given: Segment, answer: Segment) -> Judge:
@@ -129,10 +139,10 @@ def _judge_of(usual: Mapping[str, BestOf], given: Segment, answer: Segment) -> J
     return direction.judge if direction is not None else "backward"
 
 
-def _telling(told: Segment, *, known: Segment) -> Document:
-    """The document that answers `known` with `told`."""
-    task = default_task((known.modality,), told.modality)
-    return Document((replace(known, target=False), replace(told, target=True)), task)
+def _document(target: Segment, *, known: Segment) -> Document:
+    """The document that answers `known` with `target`."""
+    task = default_task((known.modality,), target.modality)
+    return Document((replace(known, target=False), replace(target, target=True)), task)
 
 
 def _segments(sequencer: Sequencer, state: SampleState) -> tuple[Segment, ...]:

@@ -4,7 +4,7 @@
 
 MODEL is a bundle, by default the embedded one; names are others than the evaluation's, so that a judge can be chosen.
 All takes are judged backward (log p(picture | text) + log p(text | sound)), and with log p(text | picture) and
-log p(sound | text) beside these: by their sums, or by the mean of their ids as if they were so many (`WEIGHTS`).
+log p(sound | text) beside these: by their sums, or by the means of their ids, so many times (`WEIGHTS`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Take(NamedTuple):
 def takes_of(bundle: Bundle, sequencer: Sequencer, states: Sequence[SampleState]) -> list[Take]:
     """All of them, with what every judge wants to know."""
     both = {"image>audio": BestOf(number=NUM, judge="both")}
-    judged = [[document for document, _ in ranking._judged(both, sequencer, state)] for state in states]
+    judged = [[told.document for told in ranking._judged(both, sequencer, state)] for state in states]
     found = answer_nats(bundle.model, bundle.vocabulary, [sequencer.build(d) for four in judged for d in four])
     nats = [nats_P for _, nats_P in found]
     takes = []
@@ -98,25 +98,33 @@ def rules() -> dict[str, Callable[[Take], float]]:
     return {"backward": lambda t: t.backward, **means, "and forward by sums": lambda t: t.backward + t.forward}
 
 
+def understood(bench: Bench, takes: Sequence[Sequence[Take]], said: Sequence[Sequence[str]]) -> dict[int, list[bool]]:
+    """Of each row that the recogniser has the words for, which takes it hears as one of the phrasings."""
+    recogniser, tokenizer = bench.recogniser, bench.model.bundle.tokenizers["audio"]
+    found: dict[int, list[bool]] = {}
+    for rows, texts in lists_of(said, bench.sayings):
+        recogniser.listen_for(texts)
+        for row in rows:
+            if right := {spelled(form) for form in said[row] if recogniser.knows(form)}:
+                found[row] = [recogniser.heard(tokenizer.decode(take.sound)) in right for take in takes[row]]
+    return found
+
+
 def measured(model: AnyGen, names: int) -> Iterator[dict[str, Any]]:
     """Exact words of each group: of what each rule keeps, and of the best take."""
     bench = Bench(model, limit=names, seed=SEED)
-    recogniser, tokenizer = bench.recogniser, model.bundle.tokenizers["audio"]
-    if recogniser is None:
+    if bench.recogniser is None:
         raise AnyGenError('the package pocketsphinx is not there: pip install "anygen[eval]"')
     for group, items in leading_codebooks.names_of(bench.world, names).items():
         if not group.startswith("other"):
             continue
-        requests = [Request(image=bench.world.pictures[i], output="audio", seed=SEED + i, best_of=NUM) for i in items]
+        requests = [
+            Request(image=bench.world.pictures[i], output="audio", via="text_only", seed=SEED + i, best_of=NUM)
+            for i in items
+        ]
         takes = drawn(model, requests)
         said = [tuple(bench.world.spoken_forms_of(i)) for i in items]
-        is_right: dict[int, list[bool]] = {}
-        for rows, texts in lists_of(said, bench.sayings):
-            recogniser.listen_for(texts)
-            for row in rows:
-                if right := {spelled(form) for form in said[row] if recogniser.knows(form)}:
-                    heard = [recogniser.heard(tokenizer.decode(take.sound)) for take in takes[row]]
-                    is_right[row] = [words in right for words in heard]
+        is_right = understood(bench, takes, said)
         for rule, cost in rules().items():
             kept = [is_right[row][int(np.argmin([cost(take) for take in takes[row]]))] for row in sorted(is_right)]
             yield {"group": group, "kept": rule, "exact words": _facts(kept)}

@@ -227,9 +227,9 @@ def test_the_best_of_several_is_judged_step_by_step(chained: AnyGen, monkeypatch
     judged_by = ranking._judged
 
     def watched(*arguments: Any) -> Any:
-        told = judged_by(*arguments)
-        chains.append([document for document, _ in told])
-        return told
+        found = judged_by(*arguments)
+        chains.append([told.document for told in found])
+        return found
 
     def judged(model: Any, vocabulary: Any, sequences: list[Any]) -> list[tuple[Any, Any]]:
         assert len(sequences) == 8

@@ -61,7 +61,7 @@ def test_the_metadata_names_what_each_sound_says(tmp_path: Path) -> None:
     assert (tmp_path / rows[0]["file_name"]).read_bytes() == before, "more names go on from fewer"
 
 
-def test_every_phrasing_of_a_name_is_read_and_of_held_out_names_none(tmp_path: Path) -> None:
+def test_all_spoken_phrasings_of_a_name_are_read_and_of_held_out_names_none(tmp_path: Path) -> None:
     script = f"import json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import more_voices\n"
     script += "print(json.dumps([more_voices.sayings_of(say) for say in ('names', 'phrasings')]))"
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True, timeout=60)

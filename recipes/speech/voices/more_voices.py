@@ -11,8 +11,8 @@ Twelve voices of festival and six of SVOX Pico, these at three pitches. Every vo
 the rules of its own language: nobody has to understand them. Those of flite, espeak-ng and RHVoice can be had as well,
 where they are asked for: flite/awb@80, espeak/en-us+m3, rhvoice/bdl@90-110-95 (throat, tempo, pitch in percent). What
 lies there already is kept, so it can be interrupted. `metadata.jsonl` says what each voice of the last call reads, so a
-folder source can take the folder. In place of names, each in one of its phrasings, they can read every phrasing of them
-(--say phrasings), questions about scenes, or the answers to these (--say questions).
+folder source can take the folder. In place of names, each in one of its spoken phrasings, they can read all of these
+(--say phrasings: with and without an article), questions about scenes, or the answers to these (--say questions).
 """
 
 from __future__ import annotations
