@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from anygen.documents import Document, Segment
 from anygen.errors import ConfigError, InputError
 from anygen.evaluation.suite import evaluate as suite
 from anygen.evaluation.suite.answers import as_it_is
-from anygen.evaluation.suite.bench import Bench
+from anygen.evaluation.suite.bench import PACKAGES, Bench
 from anygen.evaluation.suite.bits import bits_per_id
 from anygen.evaluation.suite.compare import compare_reports, lines_of_comparison
 from anygen.evaluation.suite.evaluate import evaluate_bundle, lines_of, part_names, row_list
@@ -235,14 +236,22 @@ def test_stopped_it_goes_on_with_the_same_figures(
 def test_what_a_model_or_an_installation_lacks_is_left_out_and_said(
     model: AnyGen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Bench, "has", staticmethod(lambda module: module not in ("jiwer", "skimage")))
+    for module in {*PACKAGES, *(name for name in sys.modules if name.partition(".")[0] in PACKAGES)}:
+        monkeypatch.setitem(sys.modules, module, None)  # also what nobody asks for before it is imported
     blind = copy.copy(model)
     blind.bundle = dataclasses.replace(model.bundle, tokenizers={k: v for k, v in model.bundle.tokenizers.items() if k != "region"})  # fmt: skip
-    report = evaluate_bundle(blind, tmp_path / "r", limit=2, directions=["audio>text", "text>image", "locate"])
+    report = evaluate_bundle(
+        blind, tmp_path / "r", limit=2, directions=["audio>text", "text>image", "text>audio", "locate"]
+    )
     names = {(row.direction, row.figure.name) for row in row_list(report)}
     assert ("audio>text", "exact words") in names and ("audio>text", "word error rate") not in names
     assert ("text>image", "nearest by pixels") in names and ("text>image", "SSIM") not in names
+    assert {name for direction, name in names if direction == "text>audio"} <= {
+        "bits per id, audio",
+        "seconds per sample",
+    }
     assert report["skipped"]["locate"] == "this model has no region"
+    assert {what for _, what in PACKAGES.values()} <= set(report["skipped"])
     assert 'pip install "anygen[eval]"' in report["skipped"]["word and character error rates"]
 
 

@@ -34,6 +34,7 @@ PACKAGES = {
     "skimage": ("scikit-image", "SSIM, the space of edges and colours, Fréchet and kernel distances"),
     "pocketsphinx": ("pocketsphinx", "what an independent recogniser hears"),
     "pystoi": ("pystoi", "STOI, ESTOI and PESQ of the codec"),
+    "scipy": ("scipy", "how like a known voice speech is, and how far from its recordings"),
 }
 """Module -> package, and what is left out without it."""
 

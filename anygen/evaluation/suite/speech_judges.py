@@ -28,7 +28,8 @@ def judge_speech(bench: Bench, cases: Sequence[Case], sounds: list[Audio]) -> It
         texts = bench.transcribe(sounds, [case.request.seed for case in cases])
         truths = [_nearest(case.said, text) for case, text in zip(cases, texts, strict=True)]
         yield Measured("word error rate, own transcript", word_error_rate(truths, texts))
-    yield from _voice(bench, cases, sounds)
+    if bench.has("scipy"):
+        yield from _voice(bench, cases, sounds)
 
 
 def judge_spoken_answers(bench: Bench, cases: Sequence[Case], sounds: list[Audio]) -> Iterator[Measured]:
