@@ -127,13 +127,9 @@ def measured(model: AnyGen, names: int) -> Iterator[dict[str, Any]]:
         is_right = understood(bench, takes, said)
         for rule, cost in rules().items():
             kept = [is_right[row][int(np.argmin([cost(take) for take in takes[row]]))] for row in sorted(is_right)]
-            yield {"group": group, "kept": rule, "exact words": _facts(kept)}
-        yield {"group": group, "kept": "the best", "exact words": _facts([any(r) for r in is_right.values()])}
-
-
-def _facts(right: Sequence[bool]) -> dict[str, Any]:
-    score = proportion(right)
-    return {"value": score.value, "low": score.low, "high": score.high, "count": score.count}
+            yield {"group": group, "kept": rule, "exact words": leading_codebooks.facts_of(proportion(kept))}
+        best = proportion([any(right) for right in is_right.values()])
+        yield {"group": group, "kept": "the best", "exact words": leading_codebooks.facts_of(best)}
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ from anygen.data.speech import speak
 from anygen.errors import AnyGenError
 from anygen.evaluation.emoji import RealEmoji
 from anygen.evaluation.recogniser import Recogniser, lists_of, spelled
-from anygen.evaluation.scores import proportion
+from anygen.evaluation.scores import Score, proportion
 from anygen.files import write_json
 from tokenizers_mm.audio import AudioTokenizer
 from tokenizers_mm.codes import Codes
@@ -61,6 +61,11 @@ def understood(recogniser: Recogniser, phrases: Sequence[str], sounds: Sequence[
     return proportion(right, right)
 
 
+def facts_of(score: Score) -> dict[str, Any]:
+    """A share as it stands in a report."""
+    return {"value": score.value, "low": score.low, "high": score.high, "count": score.count}
+
+
 def of_names(codecs: dict[str, AudioTokenizer], limit: int) -> Iterator[dict[str, Any]]:
     """Exact words of each group, of the recordings and from one codebook to all."""
     world, recogniser = RealEmoji(64), Recogniser()
@@ -74,8 +79,7 @@ def of_names(codecs: dict[str, AudioTokenizer], limit: int) -> Iterator[dict[str
                 versions[name, books] = [decoded(codec, sound, books) for sound in recordings]
         for (name, books), sounds in versions.items():
             score = understood(recogniser, phrases, sounds, others)
-            facts = {"value": score.value, "low": score.low, "high": score.high, "count": score.count}
-            yield {"group": group, "codec": name, "codebooks": books, "exact words": facts}
+            yield {"group": group, "codec": name, "codebooks": books, "exact words": facts_of(score)}
 
 
 def of_voices(codecs: dict[str, AudioTokenizer], store: RecordStore) -> Iterator[dict[str, Any]]:
